@@ -1,0 +1,279 @@
+"""Checkpoints that are whole or not there, and the way back from them.
+
+    checkpoints/step-00000200/   Accelerate's state, train_state.json, manifest.json
+    checkpoints/last             -> the newest
+    checkpoints/best             -> the one with the lowest validation loss
+
+A checkpoint is written beside, flushed, closed by its manifest and renamed; only then is an old
+one removed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+from accelerate import Accelerator
+
+from llm_training.state import TrainState
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TRAIN_STATE = "train_state.json"
+STEP_NAME = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk: its folder and what its manifest says."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
+
+    def read_state(self) -> TrainState:
+        """The run's own state at that step."""
+        return TrainState.load(self.path / TRAIN_STATE)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in a folder, with its manifest read and its files found.
+
+    Raises:
+        CheckpointError: it is not whole, or of another format.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        version, files = manifest["format_version"], dict(manifest["files"])
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is no whole checkpoint: it has no {MANIFEST}.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} cannot be read: {error!r}.") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has checkpoint format {version}; this version reads {FORMAT_VERSION}. Continue"
+            " it with the version of train_llm.py that wrote it."
+        )
+    for name, size in files.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != size:
+            found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
+            raise CheckpointError(f"{file} is damaged: {size} bytes were written, it is {found}.")
+    return Checkpoint(path, manifest)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Folders named as checkpoints, the newest first, whole or not."""
+    if not folder.is_dir():
+        return []
+    found = [p for p in folder.iterdir() if STEP_NAME.fullmatch(p.name) and not p.is_symlink()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
+
+
+def find_checkpoint(folder: Path, resume_from: str) -> tuple[Checkpoint | None, list[str]]:
+    """Where to continue.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        resume_from: "auto", "none" or the path of a checkpoint, `last` and `best` included.
+
+    Returns:
+        The checkpoint or None, and a line for each newer one that had to be passed over.
+
+    Raises:
+        CheckpointError: "none" in a folder that has checkpoints, a given path that is not whole,
+            or nothing but damaged ones.
+    """
+    paths = list_checkpoints(folder)
+    if resume_from == "none":
+        if paths:
+            raise CheckpointError(
+                f"{folder} has checkpoints, the newest {paths[0].name}, and resume_from_checkpoint"
+                " is none. Give another --output_dir or --run_name to start anew, or"
+                " --resume_from_checkpoint auto to go on."
+            )
+        return None, []
+    if resume_from != "auto":
+        return open_checkpoint(Path(resume_from).resolve()), []
+    passed_over: list[str] = []
+    for path in paths:
+        try:
+            return open_checkpoint(path), passed_over
+        except CheckpointError as error:
+            passed_over.append(f"Passed over: {error}")
+    if passed_over:
+        raise CheckpointError(
+            f"No checkpoint in {folder} is whole. {' '.join(passed_over)} Move the folder away to"
+            " start anew."
+        )
+    return None, []
+
+
+class CheckpointFolder:
+    """The checkpoints of one run: saving, loading, retention.
+
+    Args:
+        folder: `output_dir/checkpoints`.
+        total_limit: newest checkpoints to keep beside the best; None keeps all.
+        identity: what a checkpoint must share with the run that loads it, by name, and what to
+            say to the user: model, data, seed, ...
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        total_limit: int | None,
+        identity: dict[str, Any],
+    ):
+        self.accelerator = accelerator
+        self.folder = folder
+        self.total_limit = total_limit
+        self.identity = identity
+
+    def save(self, state: TrainState, *, is_best: bool = False) -> Path:
+        """Saves everything the run needs to go on from here; every rank must call this."""
+        path = self.folder / f"step-{state.step:08d}"
+        if not path.exists():
+            self._write(path, state)
+        if self.accelerator.is_main_process:
+            point_to(self.folder / "last", path)
+            if is_best:
+                point_to(self.folder / "best", path)
+            self._remove_old()
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def load(self, checkpoint: Checkpoint) -> TrainState:
+        """Puts weights, optimizer, and random state back; nothing may draw random numbers after it.
+
+        Raises:
+            CheckpointError: it lacks the random state of this rank.
+        """
+        random_state = f"random_states_{self.accelerator.process_index}.pkl"
+        if not (checkpoint.path / random_state).is_file():
+            raise CheckpointError(
+                f"{checkpoint.path} has no {random_state}: it was written by"
+                f" {checkpoint.manifest['num_processes']} processes, this run has"
+                f" {self.accelerator.num_processes}. Continue it with as many."
+            )
+        self.accelerator.load_state(str(checkpoint.path))
+        return checkpoint.read_state()
+
+    def check(self, checkpoint: Checkpoint, total_steps: int | None = None) -> None:
+        """Makes sure that `checkpoint` is one of this run.
+
+        Raises:
+            CheckpointError: it is of another model, other data, another seed, ..., with every
+                difference; or it lies beyond the `total_steps` asked for.
+        """
+        written = checkpoint.manifest["identity"]
+        differences = [
+            f"{name}: {written.get(name)} there, {value} here"
+            for name, value in self.identity.items()
+            if written.get(name) != value
+        ]
+        if differences:
+            raise CheckpointError(
+                f"{checkpoint.path} belongs to another run ({'; '.join(differences)}). Give another"
+                " --output_dir or --run_name to start anew, or the settings of that run to go on."
+            )
+        if total_steps is not None and checkpoint.step > total_steps:
+            raise CheckpointError(
+                f"{checkpoint.path} is at step {checkpoint.step}, beyond the {total_steps} steps"
+                " asked for. Give a larger --max_steps to go on, or another --run_name or"
+                " --output_dir to start anew."
+            )
+
+    def set_aside_newer(self, checkpoint: Checkpoint) -> None:
+        """Renames what lies beyond `checkpoint`: damaged, or a future that this run will not have."""
+        if self.accelerator.is_main_process:
+            for path in list_checkpoints(self.folder):
+                if int(path.name.removeprefix("step-")) > checkpoint.step:
+                    aside = path.with_name(f"{path.name}.superseded")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    os.replace(path, aside)
+        self.accelerator.wait_for_everyone()
+
+    def _write(self, path: Path, state: TrainState) -> None:
+        unfinished = path.with_name(path.name + ".tmp")
+        if self.accelerator.is_main_process:
+            for leftover in self.folder.glob("step-*.tmp"):
+                shutil.rmtree(leftover)
+            unfinished.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(unfinished))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            state.save(unfinished / TRAIN_STATE)
+            self._write_manifest(unfinished, state)
+            flush_tree(unfinished)
+            os.replace(unfinished, path)
+            flush(self.folder)
+
+    def _write_manifest(self, folder: Path, state: TrainState) -> None:
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "step": state.step,
+            "samples": state.samples,
+            "identity": self.identity,
+            "num_processes": self.accelerator.num_processes,
+            "backend": str(self.accelerator.distributed_type.value),
+            "versions": {
+                "torch": torch.__version__,
+                "accelerate": accelerate.__version__,
+                "transformers": transformers.__version__,
+            },
+            "files": {str(p.relative_to(folder)): p.stat().st_size for p in files},
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+    def _remove_old(self) -> None:
+        """Removes the oldest beyond the limit, never what `last` or `best` point to."""
+        if self.total_limit is None:
+            return
+        pointed_to = {(self.folder / name).resolve() for name in ("last", "best")}
+        for path in list_checkpoints(self.folder)[self.total_limit :]:
+            if path.resolve() not in pointed_to and (path / MANIFEST).is_file():
+                # Without its manifest, what a crash leaves behind is not taken for whole.
+                (path / MANIFEST).unlink()
+                shutil.rmtree(path)
+
+
+def point_to(link: Path, target: Path) -> None:
+    """Makes `link` a relative symbolic link to its sibling `target`, replacing it in one instant."""
+    beside = link.with_name(link.name + ".tmp")
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(target.name, target_is_directory=True)
+    os.replace(beside, link)
+
+
+def flush(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_tree(folder: Path) -> None:
+    """Waits until a folder and all it holds are on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        flush(path)

@@ -1,0 +1,276 @@
+"""Text into token stores: built once, and taken again as long as nothing changed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from llm_training.data.bin_files import prepare_bin_files
+from llm_training.data.encoding import TextEncoder
+from llm_training.data.errors import DataError
+from llm_training.data.folders import check_free_space, exclusive, new_folder
+from llm_training.data.ledger import Ledger
+from llm_training.data.prepared import PreparedData, content_fingerprint
+from llm_training.data.progress import Progress
+from llm_training.data.recipe import Recipe, make_recipe
+from llm_training.data.sources import SourceFile, find_files, fixed_part
+from llm_training.data.split import (
+    TRAIN,
+    VALIDATION,
+    documents_needed,
+    validation_share,
+)
+from llm_training.data.token_store import (
+    FILE_NAMES,
+    SplitMeta,
+    StoreMeta,
+    TokenStore,
+    TokenStoreWriter,
+    dtype_for,
+    read_meta,
+)
+from llm_training.data.tokenizers import (
+    TrainedKind,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    train_tokenizer,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from arguments import DataArguments
+
+Say = Callable[[str], None]
+
+TOKENIZER_FOLDER = "tokenizer"
+# Only for the check of free space: text has seldom fewer bytes a token with a real vocabulary.
+_BYTES_PER_TOKEN = 3
+
+
+def prepare_data(
+    arguments: DataArguments, *, tokenizer_source: str | None = None, say: Say = print
+) -> PreparedData:
+    """Reads, tokenizes and stores the data that the arguments name, unless that was done before.
+
+    Several processes may call it at once: one builds, the others wait and take the result.
+
+    Args:
+        arguments: the settings.
+        tokenizer_source: model whose tokenizer is used where tokenizer_name is null.
+        say: takes lines that tell what is being done.
+
+    Raises:
+        DataError: a fault in the data or its settings.
+    """
+    _check_settings(arguments)
+    listing = Ledger()
+    train_files, validation_files = (
+        find_files(getattr(arguments, name), arguments.exclude_files, listing, argument=name)
+        for name in ("train_file", "validation_file")
+    )
+    _tell_overlap(train_files, validation_files, say)
+    if any(file.kind == "bin" for file in (*train_files, *validation_files)):
+        return prepare_bin_files(
+            train_files,
+            validation_files,
+            share=validation_share(arguments.validation_split_percentage),
+            tokenizer_name=arguments.tokenizer_name,
+            tokenizer_source=tokenizer_source,
+            cache_dir=Path(arguments.cache_dir).expanduser(),
+            say=say,
+        )
+    recipe = make_recipe(arguments, train_files, validation_files, tokenizer_source, say)
+    folder = _take_or_build(recipe, arguments, say)
+    return _open_prepared(folder, recipe, listing)
+
+
+def _check_settings(arguments: DataArguments) -> None:
+    if arguments.train_file and arguments.dataset_name:
+        raise DataError("train_file and dataset_name are both given. Give one of them.")
+    if not (arguments.train_file or arguments.dataset_name or arguments.validation_file):
+        raise DataError("There is no data. Give train_file or dataset_name.")
+    if not 0 <= arguments.validation_split_percentage < 100:
+        raise DataError(
+            f"validation_split_percentage is {arguments.validation_split_percentage}."
+            " Give a number from 0 to below 100."
+        )
+
+
+def _tell_overlap(train: list[SourceFile], validation: list[SourceFile], say: Say) -> None:
+    trained_on = {file.identity for file in train}
+    if both := [file for file in validation if file.identity in trained_on]:
+        say(
+            f"WARNING: {len(both):,} files are in both train_file and validation_file, such as"
+            f" {both[0].path}: the validation loss will say little about new text"
+        )
+
+
+def _take_or_build(recipe: Recipe, arguments: DataArguments, say: Say) -> Path:
+    """The folder of the finished store."""
+    key = recipe.key()
+    cache = Path(arguments.cache_dir).expanduser()
+    folder = cache / f"{_readable_name(arguments)}-{key[:12]}"
+    if not _is_whole(folder, key):
+        lock = cache / f".{folder.name}.lock"
+        with exclusive(lock, lambda: say(f"Another process is building {folder}; waiting")):
+            # While we waited, it may have been finished.
+            if not _is_whole(folder, key):
+                if folder.exists():
+                    say(f"{folder} is damaged and is made again")
+                _build(recipe, key, folder, say)
+                return folder
+    say(f"Tokens: unchanged since they were made, taken from {folder}")
+    return folder
+
+
+def _readable_name(arguments: DataArguments) -> str:
+    given = (*arguments.train_file, arguments.dataset_name, *arguments.validation_file)
+    first = fixed_part(next(name for name in given if name))
+    word = re.search(r"[\w-][\w.-]*", Path(first).name, re.ASCII)
+    return word.group()[:32] if word else "data"
+
+
+def _is_whole(folder: Path, key: str) -> bool:
+    try:
+        meta = read_meta(folder)
+        if meta is None or meta.source_key != key:
+            return False
+        for split in meta.splits.values():
+            TokenStore.open(folder / split.file)
+    except DataError:
+        return False
+    return (folder / TOKENIZER_FOLDER).is_dir()
+
+
+def _build(recipe: Recipe, key: str, folder: Path, say: Say) -> None:
+    _check_space(recipe, folder.parent)
+    within = recipe.is_split_within()
+    _tell_split(recipe, within, say)
+    with new_folder(folder) as temporary:
+        tokenizer = recipe.tokenizer or _train(recipe, within, say)
+        tokenizer.save_pretrained(str(temporary / TOKENIZER_FOLDER))
+        ledger = Ledger()
+        splits = _write_tokens(recipe, within, tokenizer, temporary, ledger, say)
+        mark = tokenizer_fingerprint(tokenizer)
+        hashes = {name: split.sha256 for name, split in splits.items()}
+        StoreMeta(
+            dtype=dtype_for(len(tokenizer)).name,
+            vocab_size=len(tokenizer),
+            eos_token_id=cast(int, tokenizer.eos_token_id),
+            tokenizer={
+                "name": recipe.tokenizer_name,
+                "folder": TOKENIZER_FOLDER,
+                "fingerprint": mark,
+            },
+            splits=splits,
+            fingerprint=content_fingerprint(hashes.get(TRAIN), hashes.get(VALIDATION), mark),
+            source_key=key,
+            ledger=ledger.to_dict(),
+        ).write(temporary)
+    say(f"Tokens: written to {folder}")
+
+
+def _check_space(recipe: Recipe, cache: Path) -> None:
+    is_long = recipe.tokenizer_name in ("char", "byte")
+    vocab_size = len(recipe.tokenizer) if recipe.tokenizer else recipe.vocab_size
+    num_tokens = recipe.num_bytes() // (1 if is_long else _BYTES_PER_TOKEN)
+    check_free_space(cache, num_tokens * dtype_for(vocab_size).itemsize)
+
+
+def _tell_split(recipe: Recipe, within: bool, say: Say) -> None:
+    percentage = f"{float(recipe.share * 100):g}%"
+    if within:
+        say(
+            f"Validation: the last {percentage} of the characters of each document, as there are"
+            f" fewer than {documents_needed(recipe.share):,} documents"
+        )
+    elif recipe.share:
+        say(f"Validation: {percentage} of the documents, spread evenly")
+
+
+def _train(recipe: Recipe, within: bool, say: Say) -> PreTrainedTokenizerBase:
+    """Makes the tokenizer from what is trained on, and from no validation text."""
+    kind = cast(TrainedKind, recipe.tokenizer_name)
+    if kind == "byte":
+        return train_tokenizer(kind, (), recipe.vocab_size)
+    progress = Progress(say, f"Making the {kind} tokenizer", recipe.num_bytes())
+
+    def training_texts() -> Iterator[str]:
+        for part in recipe.train_parts(Ledger(), within=within):
+            if part.split == TRAIN:
+                progress.update(part.document.num_bytes)
+                yield part.document.text
+
+    tokenizer = train_tokenizer(kind, training_texts(), recipe.vocab_size)
+    progress.finish()
+    wanted = f" of the {recipe.vocab_size:,} asked for" if kind == "bpe" else ""
+    say(f"Tokenizer: {kind}, {len(tokenizer):,} tokens{wanted}")
+    return tokenizer
+
+
+def _write_tokens(
+    recipe: Recipe,
+    within: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    ledger: Ledger,
+    say: Say,
+) -> dict[str, SplitMeta]:
+    """Writes one file for each split, and counts every document in `ledger`."""
+    progress = Progress(say, "Tokenizing", recipe.num_bytes())
+    last_file: dict[str, str | None] = {}
+    parts = recipe.parts(ledger, within=within)
+    with ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(
+                TokenStoreWriter(
+                    folder / FILE_NAMES[split], len(tokenizer), cast(int, tokenizer.eos_token_id)
+                )
+            )
+            for split in recipe.splits()
+        }
+        for part, ids in TextEncoder(tokenizer).encode((p, p.document.text) for p in parts):
+            num_tokens = writers[part.split].write_document(ids)
+            document = part.document
+            ledger.use(
+                part.split,
+                num_bytes=document.num_bytes,
+                num_tokens=num_tokens,
+                is_new_file=document.file != last_file.get(part.split),
+            )
+            ledger.documents_cut += part.completes_cut
+            last_file[part.split] = document.file
+            progress.update(document.num_bytes, num_tokens)
+    progress.finish()
+    for split, writer in writers.items():
+        _check_not_empty(split, writer, ledger)
+    return {split: writer.meta() for split, writer in writers.items()}
+
+
+def _check_not_empty(split: str, writer: TokenStoreWriter, ledger: Ledger) -> None:
+    if writer.num_tokens == 0:
+        account = "; ".join(ledger.lines()) or "there was none to begin with"
+        raise DataError(
+            f"No document is left for the {split} split: {account}. Give more data, or, for"
+            " validation, a validation_file or a validation_split_percentage of 0."
+        )
+
+
+def _open_prepared(folder: Path, recipe: Recipe, listing: Ledger) -> PreparedData:
+    meta = cast(StoreMeta, read_meta(folder))
+    stores = {name: TokenStore.open(folder / split.file) for name, split in meta.splits.items()}
+    # What the listing passed over may have changed since the tokens were made; they did not.
+    ledger = Ledger.from_dict({**meta.ledger, "ignored_files": {}})
+    ledger.merge_ignored(listing)
+    return PreparedData(
+        train=stores.get(TRAIN),
+        validation=stores.get(VALIDATION),
+        tokenizer=recipe.tokenizer or load_tokenizer(str(folder / TOKENIZER_FOLDER)),
+        vocab_size=meta.vocab_size,
+        fingerprint=meta.fingerprint,
+        ledger=ledger,
+    )

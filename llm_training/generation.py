@@ -1,0 +1,49 @@
+"""A sample of what the model has learned."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def generate_sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> str:
+    """The prompt and the model's continuation of it.
+
+    The random state of the run is left as it was. Text beyond the model's positions is not
+    generated: the sample ends there.
+
+    Args:
+        max_new_tokens: tokens to generate, unless the text ends earlier.
+        temperature: 0 takes the likeliest token each time.
+        seed: of the draws; the same seed gives the same sample.
+    """
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None:
+        ids = ids[:, -(positions - 1) :]
+        max_new_tokens = min(max_new_tokens, positions - ids.shape[1])
+    ids = ids.to(model.device)
+    was_training = model.training
+    model.eval()
+    devices = [] if model.device.type == "cpu" else [model.device]
+    with torch.random.fork_rng(devices, device_type=model.device.type if devices else "cuda"):
+        torch.manual_seed(seed)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            **sampling,
+        )
+    model.train(was_training)
+    return tokenizer.decode(output[0], skip_special_tokens=True)

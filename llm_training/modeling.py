@@ -1,0 +1,200 @@
+"""The model: loaded or made from a configuration, and wrapped so that it returns its loss."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from arguments import ModelArguments
+from llm_training.losses import count_correct_tokens, token_loss_sum
+
+# Probabilities that configurations name in many ways; those of heads we never train stay.
+DROPOUT_FIELD = re.compile(r"^(?!classifier|summary|layer)\w*(dropout|pdrop)(_prob)?$")
+DEFAULT_BLOCK_SIZE = 1024
+
+
+class ModelError(ValueError):
+    """The model asked for cannot be had; the message says why and what to do."""
+
+
+class CausalLMWithLoss(nn.Module):
+    """A causal language model whose forward pass ends in the summed token loss.
+
+    Accelerate copies every output of the module it wraps to float32; the logits are the largest
+    tensor of a step, so they stay inside.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+        # Sharding backends read from the wrapped module which blocks belong together.
+        self._no_split_modules = model._no_split_modules
+        self.config = model.config
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, count_correct: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The loss of a micro-batch.
+
+        Args:
+            input_ids: (B, T) int64.
+            labels: (B, T) int64, unshifted, -100 where nothing is predicted.
+            count_correct: whether the likeliest guesses are compared with the labels.
+
+        Returns:
+            The loss in nats summed over the predicted tokens (scalar float32), and how many
+            tokens were guessed right (scalar int64) or None.
+        """
+        logits = self.model(input_ids=input_ids, use_cache=False).logits
+        correct = count_correct_tokens(logits, labels) if count_correct else None
+        return token_loss_sum(logits, labels), correct
+
+
+def load_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    """The model's configuration, before anything that depends on the data is known.
+
+    Raises:
+        ModelError: unknown type, unknown override, or a model that cannot be found.
+    """
+    if arguments.model_name_or_path is not None:
+        config = _load_existing_config(arguments.model_name_or_path)
+    else:
+        config = _make_config(str(arguments.model_type), arguments.config_overrides)
+        if tokenizer is not None:
+            config.bos_token_id = tokenizer.bos_token_id
+            config.eos_token_id = tokenizer.eos_token_id
+            config.pad_token_id = tokenizer.pad_token_id
+    if arguments.dropout is not None:
+        _set_dropout(config, arguments.dropout)
+    return config
+
+
+def fit_config(
+    config: PretrainedConfig, arguments: ModelArguments, vocab_size: int, block_size: int | None
+) -> int:
+    """Fits a new model's vocabulary and positions to the data, and checks an existing one's.
+
+    Returns:
+        The block size: as asked for, or the model's longest row up to 1024 tokens.
+
+    Raises:
+        ModelError: the vocabulary or the rows are too large for the model.
+    """
+    if arguments.model_type is not None:
+        if "vocab_size" not in arguments.config_overrides:
+            config.vocab_size = vocab_size
+        if not {"n_positions", "max_position_embeddings"} & set(arguments.config_overrides):
+            config.max_position_embeddings = block_size or DEFAULT_BLOCK_SIZE
+    if config.vocab_size < vocab_size:
+        raise ModelError(
+            f"The data uses a vocabulary of {vocab_size} tokens, but the model embeds only"
+            f" {config.vocab_size}. Use the model's own tokenizer (--tokenizer_name), or train from"
+            " scratch without vocab_size in --config_overrides."
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if block_size is None:
+        return min(positions or DEFAULT_BLOCK_SIZE, DEFAULT_BLOCK_SIZE)
+    if positions is not None and block_size > positions:
+        raise ModelError(
+            f"--block_size {block_size} is longer than the model's {positions} positions."
+            f" Use --block_size {positions} or less, or a model with more positions."
+        )
+    return block_size
+
+
+def build_model(config: PretrainedConfig, arguments: ModelArguments) -> PreTrainedModel:
+    """The model in float32 (the master weights), in training mode.
+
+    Call it with the same random seed on every rank: not every backend sends rank 0's weights on.
+
+    Raises:
+        ModelError: the weights cannot be loaded, or the attention kernel is not to be had.
+    """
+    kwargs: dict[str, Any] = {"dtype": torch.float32}
+    if arguments.attn_implementation is not None:
+        kwargs["attn_implementation"] = arguments.attn_implementation
+    try:
+        if arguments.model_name_or_path is None:
+            return AutoModelForCausalLM.from_config(config, **kwargs).train()
+        model = AutoModelForCausalLM.from_pretrained(
+            arguments.model_name_or_path, config=config, **kwargs
+        )
+    except (OSError, ImportError, ValueError) as error:
+        source = arguments.model_name_or_path or f"a {arguments.model_type} configuration"
+        raise ModelError(f"No model could be made from {source}: {error}") from error
+    return model.train()
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Trained parameters, all and those outside of embedding tables; tied ones count once."""
+    embedded = {
+        id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
+    }
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return (
+        sum(p.numel() for p in trained),
+        sum(p.numel() for p in trained if id(p) not in embedded),
+    )
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """12 hex digits over the names, shapes and types of all weights: the same for equal models."""
+    layout = [(name, list(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
+    return hashlib.sha256(json.dumps(layout).encode()).hexdigest()[:12]
+
+
+def _load_existing_config(name: str) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"--model_name_or_path {name} has no model that transformers can read: {error} Give a"
+            " local folder with a config.json and weights, or a hub id while the hub is reachable."
+        ) from error
+
+
+def _make_config(model_type: str, overrides: dict[str, Any]) -> PretrainedConfig:
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        close = difflib.get_close_matches(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, 3)
+        raise ModelError(
+            f"--model_type {model_type} is no causal language model of transformers."
+            + (f" Did you mean {' or '.join(close)}?" if close else " Try gpt2, llama or qwen3.")
+        )
+    config = AutoConfig.for_model(model_type)
+    known = sorted({*config.to_dict(), *config.attribute_map})
+    unknown = [name for name in overrides if name not in known]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], known, 3)
+        raise ModelError(
+            f"config_overrides: a {model_type} configuration has no {', '.join(unknown)}."
+            f" {'Closest: ' if close else 'Known: '}{', '.join(close or known)}."
+        )
+    try:
+        return AutoConfig.for_model(model_type, **overrides)
+    except Exception as error:  # configurations check their values in many ways
+        raise ModelError(f"config_overrides {overrides} do not fit {model_type}: {error}") from error
+
+
+def _set_dropout(config: PretrainedConfig, probability: float) -> None:
+    names = [n for n in config.to_dict() if DROPOUT_FIELD.match(n)]
+    if not names and probability > 0:
+        raise ModelError(
+            f"--dropout {probability}: the configuration of {config.model_type} has no dropout."
+            " Leave it out."
+        )
+    for name in names:
+        setattr(config, name, probability)

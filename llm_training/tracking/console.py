@@ -1,0 +1,38 @@
+"""The lines that a run shows on the console: pure functions of the metrics."""
+
+from __future__ import annotations
+
+from llm_training.throughput import format_count, format_duration
+
+
+def progress_line(
+    step: int, total_steps: int, metrics: dict[str, float], seconds_left: float | None = None
+) -> str:
+    """The line on training; what was not measured is left out.
+
+    For instance `step 120/400 | loss 4.1234 | grad 0.81 | lr 9.8e-04 | 9.1k tokens/s | 1:52 left`.
+    """
+    parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
+    if "train/loss" in metrics:
+        parts.append(f"loss {metrics['train/loss']:.4f}")
+    if "train/grad_norm" in metrics:
+        parts.append(f"grad {metrics['train/grad_norm']:.2f}")
+    if "train/learning_rate" in metrics:
+        parts.append(f"lr {metrics['train/learning_rate']:.1e}")
+    if "perf/tokens_per_second" in metrics:
+        parts.append(f"{format_count(metrics['perf/tokens_per_second'])} tokens/s")
+    if seconds_left is not None:
+        parts.append(f"{format_duration(seconds_left)} left")
+    return " | ".join(parts)
+
+
+def evaluation_line(step: int, metrics: dict[str, float]) -> str:
+    """The line on an evaluation, with all of its metrics in their order.
+
+    For instance `eval  step 120 | loss 3.9012 | perplexity 49.46 | token accuracy 0.31`.
+    """
+    parts = [f"eval  step {step}"]
+    for name, value in metrics.items():
+        label = name.removeprefix("eval/").replace("_", " ")
+        parts.append(f"{label} {value:.4f}" if label == "loss" else f"{label} {value:,.2f}")
+    return " | ".join(parts)

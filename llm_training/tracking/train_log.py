@@ -1,0 +1,78 @@
+"""train_log.jsonl: every metric of a run, one JSON object a line, complete whatever else fails."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+FILE_NAME = "train_log.jsonl"
+
+
+class TrainLog:
+    """The run's own record, which needs no tracker and no network.
+
+    A line is `{"step": 120, "time": 1764500000.123, "train/loss": 4.1, ...}`; `time` is in Unix
+    seconds. JSON has no NaN and no infinity: they are the strings "NaN", "Infinity" and
+    "-Infinity", which `float()` reads back.
+    """
+
+    def __init__(self, folder: Path, resumed_step: int = 0) -> None:
+        """Opens the log for a run that continues after `resumed_step`; 0: for a new run.
+
+        A new run moves a log that it finds aside to train_log.old.jsonl. A resumed one removes the
+        lines of later steps, which it will compute again, and what a kill left half written.
+        `lines_removed` counts them.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / FILE_NAME
+        self.lines_removed = 0
+        if self.path.exists():
+            if resumed_step:
+                self.lines_removed = _rewind(self.path, resumed_step)
+            else:
+                self.path.replace(self.path.with_suffix(".old.jsonl"))
+        # Unbuffered: a line is one write, and a failed one is not sent again with the next.
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+
+    def write(self, metrics: dict[str, float], step: int) -> None:
+        """Appends one line; it has reached the operating system when this returns."""
+        line: dict[str, float | str] = {"step": step, "time": round(time.time(), 3)}
+        line |= {name: _to_json(value) for name, value in metrics.items()}
+        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+
+    def close(self) -> None:
+        """Closes the file; once is enough, twice does no harm."""
+        self._file.close()
+
+
+def _to_json(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _rewind(path: Path, step: int) -> int:
+    """Removes the lines after `step` and torn ones; returns how many.
+
+    Written beside and renamed: a kill in here leaves the old log or the new one, never half of one.
+    """
+    lines = path.read_bytes().splitlines()
+    kept = [line for line in lines if _is_whole_line_up_to(line, step)]
+    beside = path.with_suffix(".tmp")
+    with open(beside, "wb") as file:
+        file.writelines(line + b"\n" for line in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    return len(lines) - len(kept)
+
+
+def _is_whole_line_up_to(line: bytes, step: int) -> bool:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    return bool(record.get("step", 0) <= step)

@@ -1,0 +1,100 @@
+"""Rows by position: every token once, and the same samples however a step is split."""
+
+import numpy as np
+import pytest
+import torch
+
+from llm_training.data.dataset import IGNORE_INDEX, TokenRows, TrainingWindows, evaluation_batches
+
+TOKENS = np.arange(100, 147, dtype=np.uint16)  # 11 rows of 4, 3 tokens left over
+
+
+def make_windows(rank: int, num_ranks: int, micro: int, count: int, **changes: int) -> list:
+    settings = {"seed": 3, "num_samples": 1000} | changes
+    rows = TokenRows(TOKENS, 4, keep_last=False)
+    return [
+        TrainingWindows(
+            rows=rows, micro_batch_size=micro, num_micro_batches=count, rank=rank,
+            num_ranks=num_ranks, **settings,
+        ).window(position)
+        for position in (0, 8, 16)
+    ]  # fmt: skip
+
+
+def samples(windows: list) -> list[list[list[int]]]:
+    """The rows of each window."""
+    return [[row for batch in w for row in batch["input_ids"].tolist()] for w in windows]
+
+
+def test_leftover_tokens_are_counted_and_their_labels_masked_where_kept() -> None:
+    dropped = TokenRows(TOKENS, 4, keep_last=False)
+    assert (dropped.num_rows, dropped.num_leftover_tokens) == (11, 3)
+    kept = TokenRows(TOKENS, 4, keep_last=True)
+    assert (kept.num_rows, kept.num_leftover_tokens) == (12, 0)
+    last = kept.batch(np.array([11]))
+    assert last["labels"].tolist() == [[144, 145, 146, IGNORE_INDEX]]
+    assert last["input_ids"].tolist() == [[144, 145, 146, 0]]
+
+
+def test_a_single_token_makes_no_row() -> None:
+    rows = TokenRows(TOKENS[:5], 4, keep_last=True)
+    assert (rows.num_rows, rows.num_leftover_tokens) == (1, 1)
+
+
+def test_batches_are_int64_of_the_right_shape() -> None:
+    batch = TokenRows(TOKENS, 4, keep_last=False).batch(np.array([0, 2, 10]))
+    assert batch["input_ids"].shape == (3, 4)
+    assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+    assert torch.equal(batch["input_ids"], batch["labels"])
+
+
+@pytest.mark.parametrize(("num_ranks", "micro", "count"), [(1, 4, 2), (2, 4, 1), (2, 2, 2), (4, 1, 2)])
+def test_a_step_holds_the_same_samples_however_it_is_split(
+    num_ranks: int, micro: int, count: int
+) -> None:
+    whole = samples(make_windows(0, 1, 8, 1))
+    parts = [samples(make_windows(rank, num_ranks, micro, count)) for rank in range(num_ranks)]
+    for of_whole, *of_parts in zip(whole, *parts, strict=True):
+        assert sorted(sum(of_parts, [])) == sorted(of_whole)
+
+
+def test_windows_run_on_over_the_end_of_an_epoch() -> None:
+    rows = [row for step in make_windows(0, 1, 8, 1) for batch in step for row in batch["labels"]]
+    first_epoch = {tuple(row.tolist()) for row in rows[:11]}
+    assert len(first_epoch) == 11  # every row once
+    assert {tuple(row.tolist()) for row in rows[11:22]} == first_epoch
+
+
+def test_positions_beyond_the_run_are_empty_rows() -> None:
+    windows = make_windows(0, 1, 8, 1, num_samples=10)
+    masked = (windows[1][0]["labels"] == IGNORE_INDEX).all(dim=1)
+    assert masked.tolist() == [False] * 2 + [True] * 6
+
+
+@pytest.mark.parametrize(("num_ranks", "batch_size"), [(1, 4), (1, 5), (2, 3), (3, 4), (4, 16)])
+def test_evaluation_sees_every_row_once_on_equally_many_batches(
+    num_ranks: int, batch_size: int
+) -> None:
+    rows = TokenRows(TOKENS, 4, keep_last=True)
+    ranks = [
+        list(evaluation_batches(rows, batch_size, rank=r, num_ranks=num_ranks, max_rows=None))
+        for r in range(num_ranks)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    labels = torch.cat([batch["labels"] for batches in ranks for batch in batches])
+    assert sorted(labels[labels != IGNORE_INDEX].tolist()) == TOKENS.tolist()
+
+
+def test_a_limited_evaluation_is_spread_and_the_same_however_it_is_split() -> None:
+    rows = TokenRows(TOKENS, 4, keep_last=True)
+
+    def seen(num_ranks: int, batch_size: int = 2) -> list[int]:
+        ranks = [
+            evaluation_batches(rows, batch_size, rank=r, num_ranks=num_ranks, max_rows=4)
+            for r in range(num_ranks)
+        ]
+        labels = torch.cat([batch["labels"] for batches in ranks for batch in batches])
+        return sorted(labels[labels[:, 0] != IGNORE_INDEX][:, 0].tolist())
+
+    assert seen(1) == [100, 112, 124, 136]  # rows 0, 3, 6, 9 of 12
+    assert seen(1) == seen(2) == seen(3) == seen(1, 3) == seen(2, 16)

@@ -1,0 +1,190 @@
+"""Proves that imports point down: who may know whom in this project, held with `ast`.
+
+    floor 3   train_llm.py
+    floor 2   planning, evaluation, checkpointing
+    floor 1   every other room of llm_training; a folder is one room
+    floor 0   arguments.py
+
+A module imports from lower floors only. Rooms of one floor do not know each other, but every room
+may use the ones in `OPEN_ROOMS`. Imports inside functions count as much as those at the top.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "llm_training"
+
+FLOORS = {
+    "train_llm": 3,
+    "llm_training.planning": 2,
+    "llm_training.evaluation": 2,
+    "llm_training.checkpointing": 2,
+    "llm_training.data": 1,
+    "llm_training.export": 1,
+    "llm_training.generation": 1,
+    "llm_training.health": 1,
+    "llm_training.launch": 1,
+    "llm_training.losses": 1,
+    "llm_training.metrics": 1,
+    "llm_training.modeling": 1,
+    "llm_training.optim": 1,
+    "llm_training.outputs": 1,
+    "llm_training.schedules": 1,
+    "llm_training.state": 1,
+    "llm_training.throughput": 1,
+    "llm_training.tracking": 1,
+    "arguments": 0,
+}
+
+OPEN_ROOMS = {
+    "llm_training.losses",
+    "llm_training.schedules",
+    "llm_training.state",
+    "llm_training.throughput",
+}
+
+# They take plain values and tensors.
+PURE_MODULES = {
+    "llm_training.losses",
+    "llm_training.schedules",
+    "llm_training.throughput",
+    "llm_training.data.ledger",
+    "llm_training.data.order",
+    "llm_training.data.packing",
+}
+KEPT_OUT_OF_PURE_MODULES = {"accelerate", "arguments"}
+
+
+def house_problems(root: Path) -> list[str]:
+    """Everything in the house under `root` that breaks a rule of this file, a line each."""
+    return [
+        f"{path.relative_to(root)}: {problem}"
+        for path in source_files(root)
+        for problem in module_problems(module_name(path.relative_to(root)), path)
+    ]
+
+
+def source_files(root: Path) -> list[Path]:
+    entries = [root / "arguments.py", root / "train_llm.py"]
+    return [path for path in entries if path.exists()] + sorted((root / PACKAGE).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    """`llm_training/data/order.py` is llm_training.data.order; an __init__.py is its folder."""
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def module_problems(name: str, path: Path) -> Iterator[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    # Relative imports start at the folder: the module itself where it is an __init__.py.
+    folder = name if path.stem == "__init__" else name.rpartition(".")[0]
+    imported = set(imported_names(ast.walk(tree), folder))
+    room = room_of(name)
+
+    if path.stem == "utils":
+        yield "a name must say what is inside, and utils does not"
+    if name == PACKAGE:
+        if inside := sorted({room_of(other) for other in imported} & FLOORS.keys()):
+            yield f"imports {', '.join(inside)}; the package's own __init__.py imports no room"
+        return
+    if room not in FLOORS:
+        yield f"{room} has no floor yet: give it one in FLOORS of tests/test_house.py"
+        return
+    for other in sorted({room_of(other) for other in imported} & FLOORS.keys() - {room}):
+        open_neighbour = other in OPEN_ROOMS and FLOORS[other] == FLOORS[room]
+        if FLOORS[other] >= FLOORS[room] and not open_neighbour:
+            yield f"floor {FLOORS[room]} imports {other} of floor {FLOORS[other]}"
+    if name in PURE_MODULES:
+        for other in sorted({top_of(other) for other in imported} & KEPT_OUT_OF_PURE_MODULES):
+            yield f"is pure and imports {other}; it takes plain values"
+    if name == "arguments":
+        at_import = {top_of(other) for other in imported_names(outside_functions(tree), folder)}
+        for other in sorted(at_import - set(sys.stdlib_module_names)):
+            yield f"imports {other} at module level; only the standard library starts fast enough"
+
+
+def imported_names(nodes: Iterator[ast.AST], folder: str) -> Iterator[str]:
+    """Full dotted names: `from .order import seek` in llm_training.data: ...data.order.seek."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = folder.split(".")[: len(folder.split(".")) - node.level + 1]
+            start = [*(above if node.level else []), *([node.module] if node.module else [])]
+            yield from (".".join([*start, alias.name]) for alias in node.names)
+
+
+def outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that run when the module is imported."""
+    for node in ast.iter_child_nodes(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield node
+            yield from outside_functions(node)
+
+
+def top_of(name: str) -> str:
+    return name.split(".")[0]
+
+
+def room_of(name: str) -> str:
+    """llm_training.data.order.seek stands in the room llm_training.data."""
+    return ".".join(name.split(".")[: 2 if top_of(name) == PACKAGE else 1])
+
+
+def test_imports_point_down() -> None:
+    assert house_problems(ROOT) == []
+
+
+def test_nothing_is_called_utils() -> None:
+    folders = ("benchmarks", "docs", "tests")
+    assert list(ROOT.glob("utils.py")) == []
+    assert [path for folder in folders for path in (ROOT / folder).rglob("utils.py")] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "problem"),
+    [
+        ("llm_training/state.py", "import train_llm", "floor 1 imports train_llm of floor 3"),
+        ("llm_training/optim.py", "from llm_training import planning", "planning of floor 2"),
+        ("llm_training/planning.py", "from llm_training.evaluation import a", "evaluation of"),
+        ("llm_training/optim.py", "from .modeling import a", "modeling of floor 1"),
+        ("llm_training/data/chat.py", "from ..export import a", "export of floor 1"),
+        ("llm_training/data/__init__.py", "from .. import health", "health of floor 1"),
+        ("llm_training/optim.py", "def f():\n    import train_llm", "train_llm of floor 3"),
+        ("llm_training/__init__.py", "from . import launch", "imports llm_training.launch"),
+        ("llm_training/losses.py", "from accelerate import Accelerator", "pure and imports acc"),
+        ("llm_training/data/order.py", "import arguments", "pure and imports arguments"),
+        ("llm_training/novelty.py", "", "llm_training.novelty has no floor yet"),
+        ("llm_training/data/utils.py", "", "a name must say what is inside"),
+        ("arguments.py", "import json\nimport yaml", "imports yaml at module level"),
+        ("arguments.py", "def f():\n    import llm_training.state", "floor 0 imports"),
+    ],
+)
+def test_a_violation_is_found(tmp_path: Path, path: str, source: str, problem: str) -> None:
+    write(tmp_path / path, source)
+    found = house_problems(tmp_path)
+    assert len(found) == 1
+    assert found[0].startswith(f"{path}: ")
+    assert problem in found[0]
+
+
+def test_what_is_allowed_is_not_reported(tmp_path: Path) -> None:
+    write(tmp_path / "train_llm.py", "import torch\nfrom llm_training import planning, state")
+    write(tmp_path / "llm_training/planning.py", "from llm_training.data.order import seek")
+    write(tmp_path / "llm_training/data/dataset.py", "from .order import seek\nimport arguments")
+    write(tmp_path / "llm_training/optim.py", "from llm_training import schedules")
+    write(tmp_path / "arguments.py", "import json\ndef f():\n    import yaml")
+    assert house_problems(tmp_path) == []
+
+
+def write(path: Path, source: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(source, encoding="utf-8")

@@ -1,0 +1,68 @@
+"""Losses are sums over the predicted tokens: exact, and the same however the rows are split."""
+
+import torch
+import torch.nn.functional as F
+
+from llm_training.losses import (
+    IGNORE_INDEX,
+    count_correct_tokens,
+    count_predicted_tokens,
+    shift_labels,
+    token_loss_sum,
+)
+
+LABELS = torch.tensor([[1, 2, 3, 0], [3, IGNORE_INDEX, 2, IGNORE_INDEX], [IGNORE_INDEX] * 4])
+
+
+def make_logits() -> torch.Tensor:
+    return torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+
+
+def test_labels_are_shifted_by_one_and_the_last_position_predicts_nothing() -> None:
+    assert shift_labels(LABELS)[0].tolist() == [2, 3, 0, IGNORE_INDEX]
+
+
+def test_only_shifted_labels_are_counted() -> None:
+    # Three in the first row; in the second, the 2 at position 2; the 3 at position 0 never.
+    assert int(count_predicted_tokens(LABELS)) == 4
+
+
+def test_the_sum_is_that_of_each_token_alone() -> None:
+    logits = make_logits()
+    log_probabilities = logits.double().log_softmax(-1)
+    by_hand = -(
+        log_probabilities[0, 0, 2] + log_probabilities[0, 1, 3] + log_probabilities[0, 2, 0]
+        + log_probabilities[1, 1, 2]
+    )  # fmt: skip
+    assert abs(float(token_loss_sum(logits, LABELS)) - float(by_hand)) < 1e-6 * float(by_hand)
+
+
+def test_the_sum_does_not_depend_on_how_rows_are_batched() -> None:
+    logits = make_logits()
+    parts = sum(float(token_loss_sum(logits[i : i + 1], LABELS[i : i + 1])) for i in range(3))
+    assert abs(parts - float(token_loss_sum(logits, LABELS))) < 1e-6 * parts
+
+
+def test_rows_without_a_predicted_token_give_zero_and_no_gradient() -> None:
+    logits = make_logits().requires_grad_()
+    loss = token_loss_sum(logits[2:], LABELS[2:])
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+def test_bf16_logits_are_summed_in_float32() -> None:
+    logits = make_logits().bfloat16()
+    loss = token_loss_sum(logits, LABELS)
+    assert loss.dtype == torch.float32
+    expected = F.cross_entropy(
+        logits.float().view(-1, 5), shift_labels(LABELS).view(-1), reduction="sum"
+    )
+    assert float(loss) == float(expected)
+
+
+def test_masked_tokens_are_never_correct() -> None:
+    logits = torch.full((3, 4, 5), -1.0)
+    logits[..., 2] = 1.0  # guesses 2 everywhere: right at row 0 position 0, and row 1 position 1
+    assert int(count_correct_tokens(logits, LABELS)) == 2

@@ -1,0 +1,120 @@
+"""Models are made as asked for, fitted to the data, or refused with the reason."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from arguments import ModelArguments
+from llm_training.losses import token_loss_sum
+from llm_training.modeling import (
+    CausalLMWithLoss,
+    ModelError,
+    build_model,
+    count_parameters,
+    fit_config,
+    load_config,
+    model_fingerprint,
+)
+
+TINY = {"n_layer": 2, "n_embd": 16, "n_head": 2}
+TINY_LLAMA = {
+    "num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 32,
+    "num_attention_heads": 2, "num_key_value_heads": 1,
+}  # fmt: skip
+
+
+def make(model_type: str = "gpt2", vocab_size: int = 50, block_size: int | None = 8, **changes):
+    overrides = {"gpt2": TINY, "llama": TINY_LLAMA}[model_type]
+    arguments = ModelArguments(model_type=model_type, config_overrides=overrides, **changes)
+    config = load_config(arguments, None)
+    block_size = fit_config(config, arguments, vocab_size, block_size)
+    torch.manual_seed(0)
+    return build_model(config, arguments), block_size
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_a_new_model_is_as_large_as_the_data_needs(model_type: str) -> None:
+    model, block_size = make(model_type)
+    assert block_size == 8
+    assert model.config.vocab_size == 50
+    assert model.config.max_position_embeddings == 8
+    assert model.training
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_parameters_are_counted_once_where_tied() -> None:
+    model, _ = make()
+    total, outside = count_parameters(model)
+    assert total == sum(p.numel() for p in model.parameters())
+    assert total - outside == 50 * 16 + 8 * 16
+
+
+def test_dropout_reaches_every_kind() -> None:
+    model, _ = make(dropout=0.3)
+    rates = {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
+    assert rates == {0.3}
+    assert model.config.attn_pdrop == 0.3
+    llama, _ = make("llama", dropout=0.2)
+    assert llama.config.attention_dropout == 0.2
+
+
+def test_the_wrapper_returns_the_summed_loss_and_the_right_guesses() -> None:
+    model, _ = make(dropout=0.0)
+    ids = torch.arange(16).view(2, 8)
+    loss, correct = CausalLMWithLoss(model)(ids, ids, count_correct=True)
+    logits = model(ids).logits
+    assert torch.equal(loss, token_loss_sum(logits, ids))
+    assert int(correct) == int((logits[:, :-1].argmax(-1) == ids[:, 1:]).sum())
+    assert CausalLMWithLoss(model)(ids, ids)[1] is None
+
+
+def test_equal_models_have_equal_fingerprints() -> None:
+    assert model_fingerprint(make()[0]) == model_fingerprint(make()[0])
+    assert model_fingerprint(make()[0]) != model_fingerprint(make(vocab_size=51)[0])
+
+
+def test_weights_from_a_folder_are_kept(tmp_path: Path) -> None:
+    model, _ = make()
+    model.save_pretrained(tmp_path)
+    arguments = ModelArguments(model_name_or_path=str(tmp_path))
+    config = load_config(arguments, None)
+    assert fit_config(config, arguments, 50, None) == 8
+    loaded = build_model(config, arguments)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, loaded.get_parameter(name))
+    with pytest.raises(ModelError, match="vocabulary of 51 tokens, but the model embeds only 50"):
+        fit_config(config, arguments, 51, 8)
+    with pytest.raises(ModelError, match="--block_size 9 is longer than the model's 8 positions"):
+        fit_config(config, arguments, 50, 9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (ModelArguments(model_type="gtp2"), "Did you mean gpt2"),
+        (
+            ModelArguments(model_type="gpt2", config_overrides={"n_layers": 2}),
+            "a gpt2 configuration has no n_layers. Closest: n_layer",
+        ),
+        (ModelArguments(model_name_or_path="/nowhere/at/all"), "has no model that transformers"),
+        (
+            ModelArguments(model_type="bloom", config_overrides={}, dropout=0.1),
+            "",
+        ),
+        (ModelArguments(model_type="mamba", dropout=0.1), "has no dropout"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(arguments: ModelArguments, message: str) -> None:
+    if not message:
+        config = load_config(arguments, None)
+        assert config.attention_dropout == config.hidden_dropout == 0.1
+        return
+    with pytest.raises(ModelError, match=message):
+        load_config(arguments, None)
+
+
+def test_a_model_that_its_own_code_refuses_is_told() -> None:
+    arguments = ModelArguments(model_type="gpt2", config_overrides=TINY | {"n_head": 3})
+    with pytest.raises(ModelError, match="No model could be made from a gpt2 configuration"):
+        build_model(load_config(arguments, None), arguments)

@@ -1,0 +1,542 @@
+"""Pretrains and fine-tunes causal language models: parse, plan, build, resume, loop, export.
+
+    python train_llm.py run.json --learning_rate 3e-4
+    accelerate launch --config_file accelerate_configs/single.yaml train_llm.py run.json
+"""
+
+from __future__ import annotations
+
+import sys
+
+from arguments import Arguments, describe, parse_arguments, resolve_batch_sizes
+
+if __name__ == "__main__":
+    # Help and every mistake in the settings are answered before the slow imports below.
+    ARGUMENTS = parse_arguments(sys.argv[1:])
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from llm_training.checkpointing import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointFolder,
+    find_checkpoint,
+)
+from llm_training.data import DataError, PreparedData, prepare_data
+from llm_training.data.dataset import Batch, TokenRows, TrainingWindows, evaluation_batches
+from llm_training.evaluation import evaluate, sum_over_ranks
+from llm_training.export import export_model
+from llm_training.generation import generate_sample
+from llm_training.health import NonFiniteError, require_finite
+from llm_training.launch import (
+    LaunchError,
+    agree_on_seed,
+    build_accelerator,
+    seed_everything,
+)
+from llm_training.losses import count_predicted_tokens
+from llm_training.modeling import (
+    CausalLMWithLoss,
+    ModelError,
+    build_model,
+    count_parameters,
+    fit_config,
+    load_config,
+    model_fingerprint,
+)
+from llm_training.optim import build_optimizer, set_learning_rate
+from llm_training.outputs import OutputError, OutputFolder
+from llm_training.planning import Plan, PlanError, make_plan
+from llm_training.state import TrainState
+from llm_training.throughput import Throughput
+from llm_training.tracking import Tracking, TrackingError, evaluation_line, progress_line
+
+# What a user can cause and mend: told in one paragraph, without a traceback.
+EXPECTED_ERRORS = (
+    CheckpointError,
+    DataError,
+    LaunchError,
+    ModelError,
+    NonFiniteError,
+    OutputError,
+    PlanError,
+    TrackingError,
+)
+
+
+@dataclass
+class Run:
+    """The parts of a run, built once and handed to the loop.
+
+    `model` is what Accelerate has prepared, `network` the Hugging Face model at its core.
+    """
+
+    arguments: Arguments
+    accelerator: Accelerator
+    plan: Plan
+    model: nn.Module
+    network: PreTrainedModel
+    optimizer: AcceleratedOptimizer
+    tokenizer: PreTrainedTokenizerBase | None
+    windows: TrainingWindows
+    validation: TokenRows | None
+    checkpoints: CheckpointFolder
+    state: TrainState
+    tracking: Tracking
+    output: OutputFolder
+    meter: Throughput
+
+
+def main(arguments: Arguments) -> int:
+    """Runs what the arguments say; returns the exit code."""
+    try:
+        if arguments.eval_only:
+            evaluate_only(arguments)
+        else:
+            run_training(arguments)
+    except EXPECTED_ERRORS as error:
+        print(f"train_llm.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("train_llm.py: interrupted; the same command continues the run.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run_training(arguments: Arguments) -> None:
+    """Builds the run, trains it to its end and leaves a model and a result behind."""
+    output = OutputFolder(str(arguments.output_dir))
+    if is_finished(output, arguments):
+        return
+    run = build_run(arguments, output)
+    with tracked(run):
+        train(run)
+        finish(run)
+
+
+def is_finished(output: OutputFolder, arguments: Arguments) -> bool:
+    """Whether this very run has ended already; if so, says how."""
+    result = output.read_result() if arguments.resume_from_checkpoint == "auto" else None
+    if result is None or output.changed_arguments(arguments):
+        return False
+    print(f"{output.path} already holds this run, finished.")
+    print("\n".join(summary_lines(result)))
+    print("Nothing was changed. To train anew, give another --run_name or --output_dir.")
+    return True
+
+
+# ------------------------------------------------------------------------------------------ build
+
+
+def build_run(arguments: Arguments, output: OutputFolder) -> Run:
+    """Everything the loop needs; what may be wrong is met before anything is written."""
+    batch = resolve_batch_sizes(arguments, int(os.environ.get("WORLD_SIZE", "1")))
+    accelerator = build_accelerator(
+        arguments, accumulation=batch.accumulation, processes=batch.processes
+    )
+    checkpoint = open_output(arguments, accelerator, output)
+    data, config, block_size = build_data(arguments, accelerator)
+    if data.train is None:
+        raise DataError("There is no training data: give --train_file or --dataset_name.")
+    rows = TokenRows(data.train.tokens, block_size, keep_last=False)
+    validation = build_validation(data, block_size) if arguments.eval_steps else None
+    plan = make_plan(arguments, batch, rows)
+
+    drawn_seed = checkpoint.read_state().seed if checkpoint else None
+    seed = agree_on_seed(drawn_seed if arguments.seed is None else arguments.seed)
+    network = build_network(arguments, config, seed)
+    optimizer = build_optimizer(network, arguments, accelerator.device.type)
+    checkpoints = CheckpointFolder(
+        accelerator,
+        output.checkpoints,
+        arguments.save_total_limit,
+        # What a checkpoint must share with the run that continues it.
+        identity={
+            "model": model_fingerprint(network),
+            "data": data.fingerprint[:12],
+            "seed": seed,
+            "block_size": block_size,
+            "global_batch_size": batch.global_batch,
+        },
+    )
+    if checkpoint:
+        checkpoints.check(checkpoint, plan.total_steps)
+    announce(arguments, accelerator, data, network, plan, checkpoint, output)
+
+    model, optimizer = accelerator.prepare(network, optimizer)
+    tracking = Tracking(
+        accelerator,
+        arguments,
+        output.path,
+        resumed_step=checkpoint.step if checkpoint else 0,
+        parameters=run_parameters(arguments, data, network),
+    )
+    if accelerator.is_main_process:
+        output.write_arguments(arguments)
+    if checkpoint:
+        checkpoints.set_aside_newer(checkpoint)
+    # Last of all, since whatever draws a random number after this would change the run.
+    seed_everything(seed, each_rank_its_own=True)
+    state = checkpoints.load(checkpoint) if checkpoint else TrainState(seed=seed)
+    return Run(
+        arguments=arguments,
+        accelerator=accelerator,
+        plan=plan,
+        model=model,
+        network=network.model,
+        optimizer=optimizer,
+        tokenizer=data.tokenizer,
+        windows=TrainingWindows(
+            rows=rows,
+            seed=seed,
+            num_samples=plan.num_samples,
+            micro_batch_size=batch.per_device,
+            num_micro_batches=batch.accumulation,
+            rank=accelerator.process_index,
+            num_ranks=accelerator.num_processes,
+        ),
+        validation=validation,
+        checkpoints=checkpoints,
+        state=state,
+        tracking=tracking,
+        output=output,
+        meter=Throughput(),
+    )
+
+
+def open_output(
+    arguments: Arguments, accelerator: Accelerator, output: OutputFolder
+) -> Checkpoint | None:
+    """Takes the output folder for this run; returns the checkpoint to continue from, if any."""
+    if accelerator.is_main_process:
+        output.claim(start_anew=arguments.resume_from_checkpoint == "none")
+    accelerator.wait_for_everyone()
+    checkpoint, passed_over = find_checkpoint(
+        output.checkpoints, arguments.resume_from_checkpoint
+    )
+    for line in passed_over:
+        accelerator.print(line)
+    return checkpoint
+
+
+def build_data(
+    arguments: Arguments, accelerator: Accelerator
+) -> tuple[PreparedData, PretrainedConfig, int]:
+    """The tokenized data, the model's configuration fitted to it, and the tokens in a row."""
+    with accelerator.local_main_process_first():  # the others find the files it has made
+        data = prepare_data(
+            arguments, tokenizer_source=arguments.model_name_or_path, say=accelerator.print
+        )
+    config = load_config(arguments, data.tokenizer)
+    block_size = fit_config(config, arguments, data.vocab_size, arguments.block_size)
+    return data, config, block_size
+
+
+def build_validation(data: PreparedData, block_size: int) -> TokenRows | None:
+    """The validation rows, the last and shorter one included; None where nothing is kept back."""
+    if data.validation is None:
+        return None
+    if data.validation.num_tokens < block_size:
+        raise DataError(
+            f"The validation data has {data.validation.num_tokens} tokens, less than one row of"
+            f" {block_size}. Give more (--validation_file, --validation_split_percentage), a"
+            " smaller --block_size, or --eval_steps null to train without."
+        )
+    return TokenRows(data.validation.tokens, block_size, keep_last=True)
+
+
+def build_network(arguments: Arguments, config: PretrainedConfig, seed: int) -> CausalLMWithLoss:
+    """The model, the same on every rank."""
+    seed_everything(seed, each_rank_its_own=False)
+    model = build_model(config, arguments)
+    if arguments.gradient_checkpointing:
+        # The reentrant form, and the one that sharding backends bring, lose the dropout masks.
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return CausalLMWithLoss(model)
+
+
+# ------------------------------------------------------------------------------------------- loop
+
+
+def train(run: Run) -> None:
+    """The loop: one iteration is one optimizer step over one window of micro-batches."""
+    arguments, plan, state = run.arguments, run.plan, run.state
+    if state.step == 0:
+        evaluate_and_log(run)
+    run.meter.start()
+    while state.step < plan.total_steps and not is_stopped_early(run):
+        window = run.windows.window(state.samples)
+        num_tokens = count_window_tokens(run, window)
+        learning_rate = plan.schedule.at(state.step)
+        set_learning_rate(run.optimizer, learning_rate)
+        loss_sum, grad_norm = optimizer_step(run, window, num_tokens)
+
+        num_samples = min(plan.batch.global_batch, plan.num_samples - state.samples)
+        state.step += 1
+        state.samples += num_samples
+        state.tokens += num_tokens
+        state.logged_tokens += num_tokens
+        state.logged_loss_sum += loss_sum
+        run.meter.update(num_samples * plan.block_size)
+
+        is_last = state.step == plan.total_steps
+        if state.step % arguments.logging_steps == 0 or is_last:
+            log_progress(run, learning_rate, grad_norm)
+        is_best = False
+        if is_due(state.step, arguments.eval_steps) or is_last:
+            is_best = evaluate_and_log(run)
+        if is_due(state.step, arguments.save_steps) or is_last or (is_best and arguments.save_best):
+            with run.meter.paused():
+                run.checkpoints.save(state, is_best=is_best and arguments.save_best)
+
+
+def optimizer_step(run: Run, window: list[Batch], num_tokens: int) -> tuple[float, float]:
+    """Forward, backward and update over one window.
+
+    The loss of the step is (sum of token losses) / `num_tokens`, over the window and all ranks, so
+    its gradient is the same however the window is split. Accelerate divides each backward pass by
+    the accumulation and averages it over the ranks, hence the factor.
+
+    Returns:
+        The summed loss in nats over all ranks, and the gradient norm before clipping.
+    """
+    accelerator, state = run.accelerator, run.state
+    factor = accelerator.num_processes * len(window) / max(1, num_tokens)
+    parameters = list(run.model.parameters())
+    loss_sum = torch.zeros((), device=accelerator.device)
+    grad_norm = math.nan
+    for micro_batch in window:
+        with accelerator.accumulate(run.model):
+            batch = {name: tensor.to(accelerator.device) for name, tensor in micro_batch.items()}
+            loss, _ = run.model(**batch)
+            loss_sum += loss.detach()
+            if accelerator.sync_gradients:
+                # Before the backward pass: some backends update the weights inside it.
+                (total_loss,) = sum_over_ranks(accelerator, float(loss_sum))
+                require_finite("loss", total_loss, state.step, state.samples)
+            accelerator.backward(loss * factor)
+            if accelerator.sync_gradients:
+                # Without a limit the norm is still measured.
+                limit = run.arguments.max_grad_norm or math.inf
+                grad_norm = float(accelerator.clip_grad_norm_(parameters, limit))
+                if accelerator.scaler is None:  # fp16's scaler skips steps that overflow by itself
+                    require_finite("gradient norm", grad_norm, state.step, state.samples)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+    return total_loss, grad_norm
+
+
+def count_window_tokens(run: Run, window: list[Batch]) -> int:
+    """Predicted tokens of the window over all ranks."""
+    tokens = sum(int(count_predicted_tokens(batch["labels"])) for batch in window)
+    return int(sum_over_ranks(run.accelerator, tokens)[0])
+
+
+def is_due(step: int, interval: int | None) -> bool:
+    """Whether something that happens every `interval` steps happens after this one."""
+    return interval is not None and step % interval == 0
+
+
+def is_stopped_early(run: Run) -> bool:
+    """Whether too many evaluations in a row brought nothing better."""
+    patience = run.arguments.early_stopping_patience
+    return patience is not None and run.state.evals_without_better >= patience
+
+
+def log_progress(run: Run, learning_rate: float, grad_norm: float) -> None:
+    """One line of the log: means since the last one, the rest as of this step."""
+    state = run.state
+    metrics = {
+        "train/loss": state.logged_loss_sum / max(1, state.logged_tokens),
+        "train/grad_norm": grad_norm,
+        "train/learning_rate": learning_rate,
+        "train/epoch": state.samples / run.plan.num_rows,
+        "train/tokens": state.tokens,
+    }
+    if (speed := run.meter.read()) is not None:
+        metrics["perf/tokens_per_second"] = speed
+    state.logged_loss_sum, state.logged_tokens = 0.0, 0
+    run.tracking.log(metrics, state.step)
+    seconds_left = run.meter.seconds_left(run.plan.total_steps - state.step)
+    run.tracking.say(progress_line(state.step, run.plan.total_steps, metrics, seconds_left))
+
+
+def evaluate_and_log(run: Run) -> bool:
+    """Evaluates where there is something to evaluate on; true if the loss is the best so far."""
+    if run.validation is None:
+        return False
+    with run.meter.paused():
+        metrics = evaluate_rows(run.arguments, run.accelerator, run.model, run.validation)
+    run.tracking.log(metrics, run.state.step)
+    run.tracking.say(evaluation_line(run.state.step, metrics))
+    return run.state.note_evaluation(
+        metrics["eval/loss"], run.arguments.early_stopping_min_delta
+    )
+
+
+def evaluate_rows(
+    arguments: Arguments, accelerator: Accelerator, model: nn.Module, rows: TokenRows
+) -> dict[str, float]:
+    """The validation metrics of the model as it is now."""
+    max_rows = None
+    if arguments.eval_max_batches is not None:
+        max_rows = arguments.eval_max_batches * arguments.global_batch_size
+    batches = evaluation_batches(
+        rows,
+        arguments.per_device_eval_batch_size or arguments.per_device_train_batch_size,
+        rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes,
+        max_rows=max_rows,
+    )
+    return evaluate(accelerator, model, batches, arguments.eval_metrics)
+
+
+# ----------------------------------------------------------------------------------- begin and end
+
+
+def announce(
+    arguments: Arguments,
+    accelerator: Accelerator,
+    data: PreparedData,
+    network: CausalLMWithLoss,
+    plan: Plan,
+    checkpoint: Checkpoint | None,
+    output: OutputFolder,
+) -> None:
+    """Says what is about to happen."""
+    parameters, outside_embeddings = count_parameters(network)
+    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    lines = [
+        *data.ledger.lines(),
+        f"Model    {network.config.model_type}, {parameters:,} parameters, {outside_embeddings:,}"
+        f" of them outside of embeddings; {precision} on {accelerator.device}",
+        *plan.lines(),
+        f"Output   {output.path}",
+    ]
+    if checkpoint:
+        lines.append(f"Resume   from {checkpoint.path} at step {checkpoint.step}")
+        for name, (old, new) in output.changed_arguments(arguments).items():
+            lines.append(f"Changed  {name}: {old} at the last start, now {new}")
+    accelerator.print("\n".join(lines), flush=True)
+
+
+def run_parameters(
+    arguments: Arguments, data: PreparedData, network: CausalLMWithLoss
+) -> dict[str, Any]:
+    """What a reviewer should know of the run: every argument, the data, the sizes, the versions."""
+    parameters, outside_embeddings = count_parameters(network)
+    return describe(arguments) | {
+        "data_fingerprint": data.fingerprint,
+        "num_parameters": parameters,
+        "num_parameters_outside_embeddings": outside_embeddings,
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__},"
+        f" accelerate {accelerate.__version__}",
+    }
+
+
+@contextmanager
+def tracked(run: Run) -> Iterator[None]:
+    """Closes the trackers with how it really went."""
+    artifacts = [run.output.arguments, run.output.log, run.output.result]
+    try:
+        yield
+    except BaseException as error:
+        killed = isinstance(error, KeyboardInterrupt)
+        run.tracking.finish("KILLED" if killed else "FAILED", artifacts[:2])
+        raise
+    run.tracking.finish("FINISHED", artifacts)
+
+
+def finish(run: Run) -> None:
+    """Exports the model, lets it speak, and says how the run ended."""
+    accelerator, state = run.accelerator, run.state
+    export_model(accelerator, run.model, run.network, run.tokenizer, run.output.final)
+    result = {
+        "step": state.step,
+        "stopped_early": state.step < run.plan.total_steps,
+        "tokens": state.tokens,
+        "first_loss": state.first_loss,
+        "last_loss": state.last_loss,
+        "best_loss": state.best_loss,
+        "best_step": state.best_step,
+        "sample": final_sample(run),
+        "model": str(run.output.final),
+        "review": run.tracking.review_hint(),
+    }
+    if accelerator.is_main_process:
+        run.output.write_result(result)
+    accelerator.print("\n".join(summary_lines(result)), flush=True)
+
+
+def final_sample(run: Run) -> str | None:
+    """What the trained model makes of the prompt, where one is given."""
+    if run.tokenizer is None or run.arguments.sample_prompt is None:
+        return None
+    with run.accelerator.autocast():
+        return generate_sample(
+            run.network,
+            run.tokenizer,
+            run.arguments.sample_prompt,
+            max_new_tokens=run.arguments.sample_max_new_tokens,
+            temperature=run.arguments.sample_temperature,
+            seed=run.state.seed,
+        )
+
+
+def summary_lines(result: dict[str, Any]) -> list[str]:
+    """How a run ended, for a person."""
+    early = ", stopped early" if result["stopped_early"] else ""
+    lines = [f"Done     {result['step']:,} steps{early}, {result['tokens']:,} tokens predicted"]
+    if result["last_loss"] is not None:
+        lines.append(
+            f"Loss     {result['first_loss']:.4f} at the start, {result['last_loss']:.4f} at the end,"
+            f" {result['best_loss']:.4f} at best (step {result['best_step']}); validation, nats per"
+            " token"
+        )
+    if result["sample"] is not None:
+        lines += ["Sample", *("    " + line for line in result["sample"].splitlines())]
+    lines.append(f"Model    {result['model']}")
+    if result["review"]:
+        lines.append(f"Review   {result['review']}")
+    return lines
+
+
+def evaluate_only(arguments: Arguments) -> None:
+    """Evaluates once: the run's checkpoint where there is one, else the model as it is given."""
+    accelerator = build_accelerator(
+        arguments, accumulation=1, processes=int(os.environ.get("WORLD_SIZE", "1"))
+    )
+    output = OutputFolder(str(arguments.output_dir))
+    checkpoint, passed_over = find_checkpoint(output.checkpoints, arguments.resume_from_checkpoint)
+    data, config, block_size = build_data(arguments, accelerator)
+    validation = build_validation(data, block_size)
+    if validation is None:
+        raise DataError("There is no validation data: give --validation_file.")
+    network = build_network(arguments, config, agree_on_seed(arguments.seed))
+    identity = {"model": model_fingerprint(network)}
+    model = accelerator.prepare(network)
+    if checkpoint:
+        checkpoints = CheckpointFolder(accelerator, output.checkpoints, None, identity)
+        checkpoints.check(checkpoint)
+        checkpoints.load(checkpoint)
+    source = checkpoint.path if checkpoint else arguments.model_name_or_path or "untrained weights"
+    accelerator.print("\n".join([*passed_over, f"Evaluating {source}"]), flush=True)
+    metrics = evaluate_rows(arguments, accelerator, model, validation)
+    accelerator.print(evaluation_line(checkpoint.step if checkpoint else 0, metrics))
+
+
+if __name__ == "__main__":
+    sys.exit(main(ARGUMENTS))
