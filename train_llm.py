@@ -1,14 +1,15 @@
 """Pretrains and fine-tunes causal language models: parse, plan, build, resume, loop, export.
 
-    python train_llm.py run.json --learning_rate 3e-4
-    accelerate launch --config_file accelerate_configs/single.yaml train_llm.py run.json
+Started as `python train_llm.py run.json --learning_rate 3e-4`, or on any number of processes as
+`accelerate launch --config_file accelerate_configs/single.yaml train_llm.py run.json`.
 """
 
 from __future__ import annotations
 
 import sys
 
-from arguments import Arguments, describe, parse_arguments, resolve_batch_sizes
+from arguments import Arguments, resolve_batch_sizes
+from llm_training.argument_parsing import parse_arguments
 
 if __name__ == "__main__":
     # Help and every mistake in the settings are answered before the slow imports below.
@@ -19,11 +20,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-import accelerate
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
@@ -36,8 +34,8 @@ from llm_training.checkpointing import (
     find_checkpoint,
 )
 from llm_training.data import DataError, PreparedData, prepare_data
-from llm_training.data.dataset import Batch, TokenRows, TrainingWindows, evaluation_batches
-from llm_training.evaluation import evaluate, sum_over_ranks
+from llm_training.data.dataset import Batch, TokenRows, TrainingWindows
+from llm_training.evaluation import evaluate
 from llm_training.export import export_model
 from llm_training.generation import generate_sample
 from llm_training.health import NonFiniteError, require_finite
@@ -46,13 +44,13 @@ from llm_training.launch import (
     agree_on_seed,
     build_accelerator,
     seed_everything,
+    sum_over_ranks,
 )
 from llm_training.losses import count_predicted_tokens
 from llm_training.modeling import (
     CausalLMWithLoss,
     ModelError,
     build_model,
-    count_parameters,
     fit_config,
     load_config,
     model_fingerprint,
@@ -60,6 +58,12 @@ from llm_training.modeling import (
 from llm_training.optim import build_optimizer, set_learning_rate
 from llm_training.outputs import OutputError, OutputFolder
 from llm_training.planning import Plan, PlanError, make_plan
+from llm_training.reporting import (
+    model_line,
+    resume_lines,
+    run_parameters,
+    summary_lines,
+)
 from llm_training.state import TrainState
 from llm_training.throughput import Throughput
 from llm_training.tracking import Tracking, TrackingError, evaluation_line, progress_line
@@ -174,7 +178,11 @@ def build_run(arguments: Arguments, output: OutputFolder) -> Run:
     )
     if checkpoint:
         checkpoints.check(checkpoint, plan.total_steps)
-    announce(arguments, accelerator, data, network, plan, checkpoint, output)
+    lines = [*data.ledger.lines(), model_line(accelerator, network), *plan.lines()]
+    if checkpoint:
+        changed = output.changed_arguments(arguments)
+        lines += resume_lines(checkpoint.path, checkpoint.step, changed)
+    accelerator.print("\n".join(lines), flush=True)
 
     model, optimizer = accelerator.prepare(network, optimizer)
     tracking = Tracking(
@@ -182,7 +190,7 @@ def build_run(arguments: Arguments, output: OutputFolder) -> Run:
         arguments,
         output.path,
         resumed_step=checkpoint.step if checkpoint else 0,
-        parameters=run_parameters(arguments, data, network),
+        parameters=run_parameters(arguments, data.fingerprint, network),
     )
     if accelerator.is_main_process:
         output.write_arguments(arguments)
@@ -224,9 +232,7 @@ def open_output(
     if accelerator.is_main_process:
         output.claim(start_anew=arguments.resume_from_checkpoint == "none")
     accelerator.wait_for_everyone()
-    checkpoint, passed_over = find_checkpoint(
-        output.checkpoints, arguments.resume_from_checkpoint
-    )
+    checkpoint, passed_over = find_checkpoint(output.checkpoints, arguments.resume_from_checkpoint)
     for line in passed_over:
         accelerator.print(line)
     return checkpoint
@@ -379,72 +385,15 @@ def evaluate_and_log(run: Run) -> bool:
     if run.validation is None:
         return False
     with run.meter.paused():
-        metrics = evaluate_rows(run.arguments, run.accelerator, run.model, run.validation)
+        metrics = evaluate(
+            run.accelerator, run.model, run.validation, run.arguments, run.plan.batch
+        )
     run.tracking.log(metrics, run.state.step)
     run.tracking.say(evaluation_line(run.state.step, metrics))
-    return run.state.note_evaluation(
-        metrics["eval/loss"], run.arguments.early_stopping_min_delta
-    )
+    return run.state.note_evaluation(metrics["eval/loss"], run.arguments.early_stopping_min_delta)
 
 
-def evaluate_rows(
-    arguments: Arguments, accelerator: Accelerator, model: nn.Module, rows: TokenRows
-) -> dict[str, float]:
-    """The validation metrics of the model as it is now."""
-    max_rows = None
-    if arguments.eval_max_batches is not None:
-        max_rows = arguments.eval_max_batches * arguments.global_batch_size
-    batches = evaluation_batches(
-        rows,
-        arguments.per_device_eval_batch_size or arguments.per_device_train_batch_size,
-        rank=accelerator.process_index,
-        num_ranks=accelerator.num_processes,
-        max_rows=max_rows,
-    )
-    return evaluate(accelerator, model, batches, arguments.eval_metrics)
-
-
-# ----------------------------------------------------------------------------------- begin and end
-
-
-def announce(
-    arguments: Arguments,
-    accelerator: Accelerator,
-    data: PreparedData,
-    network: CausalLMWithLoss,
-    plan: Plan,
-    checkpoint: Checkpoint | None,
-    output: OutputFolder,
-) -> None:
-    """Says what is about to happen."""
-    parameters, outside_embeddings = count_parameters(network)
-    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
-    lines = [
-        *data.ledger.lines(),
-        f"Model    {network.config.model_type}, {parameters:,} parameters, {outside_embeddings:,}"
-        f" of them outside of embeddings; {precision} on {accelerator.device}",
-        *plan.lines(),
-        f"Output   {output.path}",
-    ]
-    if checkpoint:
-        lines.append(f"Resume   from {checkpoint.path} at step {checkpoint.step}")
-        for name, (old, new) in output.changed_arguments(arguments).items():
-            lines.append(f"Changed  {name}: {old} at the last start, now {new}")
-    accelerator.print("\n".join(lines), flush=True)
-
-
-def run_parameters(
-    arguments: Arguments, data: PreparedData, network: CausalLMWithLoss
-) -> dict[str, Any]:
-    """What a reviewer should know of the run: every argument, the data, the sizes, the versions."""
-    parameters, outside_embeddings = count_parameters(network)
-    return describe(arguments) | {
-        "data_fingerprint": data.fingerprint,
-        "num_parameters": parameters,
-        "num_parameters_outside_embeddings": outside_embeddings,
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__},"
-        f" accelerate {accelerate.__version__}",
-    }
+# -------------------------------------------------------------------------------------------- end
 
 
 @contextmanager
@@ -496,29 +445,10 @@ def final_sample(run: Run) -> str | None:
         )
 
 
-def summary_lines(result: dict[str, Any]) -> list[str]:
-    """How a run ended, for a person."""
-    early = ", stopped early" if result["stopped_early"] else ""
-    lines = [f"Done     {result['step']:,} steps{early}, {result['tokens']:,} tokens predicted"]
-    if result["last_loss"] is not None:
-        lines.append(
-            f"Loss     {result['first_loss']:.4f} at the start, {result['last_loss']:.4f} at the end,"
-            f" {result['best_loss']:.4f} at best (step {result['best_step']}); validation, nats per"
-            " token"
-        )
-    if result["sample"] is not None:
-        lines += ["Sample", *("    " + line for line in result["sample"].splitlines())]
-    lines.append(f"Model    {result['model']}")
-    if result["review"]:
-        lines.append(f"Review   {result['review']}")
-    return lines
-
-
 def evaluate_only(arguments: Arguments) -> None:
     """Evaluates once: the run's checkpoint where there is one, else the model as it is given."""
-    accelerator = build_accelerator(
-        arguments, accumulation=1, processes=int(os.environ.get("WORLD_SIZE", "1"))
-    )
+    batch = resolve_batch_sizes(arguments, int(os.environ.get("WORLD_SIZE", "1")))
+    accelerator = build_accelerator(arguments, accumulation=1, processes=batch.processes)
     output = OutputFolder(str(arguments.output_dir))
     checkpoint, passed_over = find_checkpoint(output.checkpoints, arguments.resume_from_checkpoint)
     data, config, block_size = build_data(arguments, accelerator)
@@ -534,7 +464,7 @@ def evaluate_only(arguments: Arguments) -> None:
         checkpoints.load(checkpoint)
     source = checkpoint.path if checkpoint else arguments.model_name_or_path or "untrained weights"
     accelerator.print("\n".join([*passed_over, f"Evaluating {source}"]), flush=True)
-    metrics = evaluate_rows(arguments, accelerator, model, validation)
+    metrics = evaluate(accelerator, model, validation, arguments, batch)
     accelerator.print(evaluation_line(checkpoint.step if checkpoint else 0, metrics))
 
 

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 WARMUP_STEPS = 5
@@ -99,7 +100,8 @@ def bare_loop(folder: Path, steps: int, precision: str) -> float:
     (store,) = (folder / "token_cache").glob("*/train.bin")
     tokens = np.memmap(store, np.uint16, "r")
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, n_positions=BLOCK_SIZE, **MODEL))
+    sizes: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "n_positions": BLOCK_SIZE, **MODEL}
+    model = GPT2LMHeadModel(GPT2Config(**sizes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     began = 0.0
     for step in range(WARMUP_STEPS + steps):

@@ -1,8 +1,8 @@
 """Checkpoints that are whole or not there, and the way back from them.
 
-    checkpoints/step-00000200/   Accelerate's state, train_state.json, manifest.json
-    checkpoints/last             -> the newest
-    checkpoints/best             -> the one with the lowest validation loss
+- `checkpoints/step-00000200/`: Accelerate's state, `train_state.json` and `manifest.json`
+- `checkpoints/last`: a link to the newest
+- `checkpoints/best`: a link to the one with the lowest validation loss
 
 A checkpoint is written beside, flushed, closed by its manifest and renamed; only then is an old
 one removed.
@@ -201,7 +201,7 @@ class CheckpointFolder:
             )
 
     def set_aside_newer(self, checkpoint: Checkpoint) -> None:
-        """Renames what lies beyond `checkpoint`: damaged, or a future that this run will not have."""
+        """Renames what lies beyond `checkpoint`: damaged, or a future this run will not have."""
         if self.accelerator.is_main_process:
             for path in list_checkpoints(self.folder):
                 if int(path.name.removeprefix("step-")) > checkpoint.step:
@@ -257,7 +257,7 @@ class CheckpointFolder:
 
 
 def point_to(link: Path, target: Path) -> None:
-    """Makes `link` a relative symbolic link to its sibling `target`, replacing it in one instant."""
+    """Makes `link` a relative symbolic link to its sibling `target`, in one instant."""
     beside = link.with_name(link.name + ".tmp")
     beside.unlink(missing_ok=True)
     beside.symlink_to(target.name, target_is_directory=True)

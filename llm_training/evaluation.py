@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from llm_training.data.dataset import Batch
+from arguments import BatchSizes, EvaluationArguments
+from llm_training.data.dataset import TokenRows, evaluation_batches
+from llm_training.launch import sum_over_ranks
 from llm_training.losses import count_predicted_tokens
 
 
@@ -17,48 +19,50 @@ from llm_training.losses import count_predicted_tokens
 def evaluate(
     accelerator: Accelerator,
     model: nn.Module,
-    batches: Iterable[Batch],
-    metric_names: Sequence[str] = (),
+    rows: TokenRows,
+    arguments: EvaluationArguments,
+    batch_sizes: BatchSizes,
 ) -> dict[str, float]:
-    """Judges the model on `batches`; every rank must call this with equally many.
+    """Judges the model on `rows`, or on `eval_max_batches` of them; every rank must call this.
 
-    No random number is drawn and no logits are kept, so a run with and without evaluations is
+    The rows do not depend on how the batch is split over ranks, and neither do the results. No
+    random number is drawn and no logits are kept, so a run with and without evaluations is
     the same run.
 
     Args:
         model: the prepared `CausalLMWithLoss`; it is left in training mode.
-        metric_names: of `metrics.METRICS`, beside the loss.
 
     Returns:
         `eval/loss` in nats per predicted token, each token once, `eval/perplexity`, `eval/tokens`
         (how many were predicted), and `eval/<name>` for each metric.
     """
+    limit = arguments.eval_max_batches
+    batches = evaluation_batches(
+        rows,
+        arguments.per_device_eval_batch_size or batch_sizes.per_device,
+        rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes,
+        max_rows=None if limit is None else limit * batch_sizes.global_batch,
+    )
     model.eval()
     loss, tokens, correct = 0.0, 0, 0
     for batch in batches:
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-        batch_loss, batch_correct = model(**batch, count_correct=bool(metric_names))
+        batch_loss, batch_correct = model(**batch, count_correct=bool(arguments.eval_metrics))
         loss += float(batch_loss)
         tokens += int(count_predicted_tokens(batch["labels"]))
         correct += 0 if batch_correct is None else int(batch_correct)
     model.train()
-    loss, tokens, correct = sum_over_ranks(accelerator, loss, tokens, correct)
+    sums = sum_over_ranks(accelerator, loss, tokens, correct)
+    loss, tokens, correct = sums[0], int(sums[1]), int(sums[2])
     mean_loss = loss / max(1, tokens)
-    results = {
+    results: dict[str, float] = {
         "eval/loss": mean_loss,
         # Beyond any loss of a model that works, e to its power would overflow.
         "eval/perplexity": math.exp(mean_loss) if mean_loss < 700 else math.inf,
-        "eval/tokens": int(tokens),
+        "eval/tokens": tokens,
     }
-    return results | _compute_metrics(metric_names, int(correct), int(tokens))
-
-
-def sum_over_ranks(accelerator: Accelerator, *values: float) -> list[float]:
-    """Each value summed over all ranks, in double precision; every rank must call this."""
-    if accelerator.num_processes == 1:
-        return list(values)
-    totals = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
-    return [float(total) for total in accelerator.reduce(totals, "sum")]
+    return results | _compute_metrics(arguments.eval_metrics, correct, tokens)
 
 
 def _compute_metrics(names: Sequence[str], correct: int, tokens: int) -> dict[str, float]:

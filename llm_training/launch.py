@@ -23,9 +23,7 @@ class LaunchError(ValueError):
     """The device, the precision or the launch does not fit the machine."""
 
 
-def build_accelerator(
-    arguments: Arguments, *, accumulation: int, processes: int
-) -> Accelerator:
+def build_accelerator(arguments: Arguments, *, accumulation: int, processes: int) -> Accelerator:
     """The Accelerator of this run.
 
     Args:
@@ -73,6 +71,10 @@ def quiet_libraries() -> None:
     """Keeps what other packages say of their own inner life off the console."""
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # tied weights, each save
     transformers.logging.disable_progress_bar()
+    # Rows are full, or padded at their end only and masked by their labels: no mask is needed.
+    transformers.logging.get_logger("transformers.modeling_utils").addFilter(
+        lambda record: "attention_mask" not in record.getMessage()
+    )
 
 
 def find_device_type(device: str) -> str:
@@ -156,3 +158,10 @@ def seed_everything(seed: int, *, each_rank_its_own: bool) -> None:
     """Seeds Python, NumPy and torch: all ranks alike to build weights, apart for dropout."""
     set_seed(seed, device_specific=each_rank_its_own)
 
+
+def sum_over_ranks(accelerator: Accelerator, *values: float) -> list[float]:
+    """Each value summed over all ranks, in double precision; every rank must call this."""
+    if accelerator.num_processes == 1:
+        return list(values)
+    totals = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
+    return [float(total) for total in accelerator.reduce(totals, "sum")]

@@ -9,7 +9,7 @@ import datasets
 import evaluate
 
 
-class TokenAccuracy(evaluate.Metric):  # type: ignore[misc]
+class TokenAccuracy(evaluate.Metric):
     """Share of the predicted tokens whose likeliest guess is right.
 
     Fed with one (correct, total) pair of counts for a batch, so a validation set of any length

@@ -77,7 +77,6 @@ def load_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase | 
         if tokenizer is not None:
             config.bos_token_id = tokenizer.bos_token_id
             config.eos_token_id = tokenizer.eos_token_id
-            config.pad_token_id = tokenizer.pad_token_id
     if arguments.dropout is not None:
         _set_dropout(config, arguments.dropout)
     return config
@@ -186,7 +185,9 @@ def _make_config(model_type: str, overrides: dict[str, Any]) -> PretrainedConfig
     try:
         return AutoConfig.for_model(model_type, **overrides)
     except Exception as error:  # configurations check their values in many ways
-        raise ModelError(f"config_overrides {overrides} do not fit {model_type}: {error}") from error
+        raise ModelError(
+            f"config_overrides {overrides} do not fit {model_type}: {error}"
+        ) from error
 
 
 def _set_dropout(config: PretrainedConfig, probability: float) -> None:

@@ -1,10 +1,10 @@
 """The output folder: what lies where, and whose it is.
 
-    arguments.json    every argument of the run, readable again as an argument file
-    train_log.jsonl   one object a line: step, train/loss, ...
-    checkpoints/      step-00000200, last, best
-    final/            the finished model, a plain Hugging Face folder
-    result.json       how the run ended; its presence means that it did
+- `arguments.json`: every argument of the run, readable again as an argument file
+- `train_log.jsonl`: one object a line: step, train/loss, ...
+- `checkpoints/`: `step-00000200`, `last`, `best`
+- `final/`: the finished model, a plain Hugging Face folder
+- `result.json`: how the run ended; its presence means that it did
 """
 
 from __future__ import annotations

@@ -24,18 +24,19 @@ from transformers import HfArgumentParser
 from arguments import (
     GROUPS,
     KINDS,
-    RANGES,
-    ArgumentProblems,
     Arguments,
     BatchSizes,
-    argument_table,
     describe,
-    find_problems,
+    resolve_batch_sizes,
+    save_arguments,
+)
+from llm_training.argument_checks import RANGES, find_problems
+from llm_training.argument_parsing import (
+    ArgumentProblems,
+    argument_table,
     help_text,
     parse_arguments,
     read_arguments,
-    resolve_batch_sizes,
-    save_arguments,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -343,10 +344,11 @@ def test_no_problem_follows_from_another() -> None:
 
 
 def test_a_path_is_not_taken_for_an_argument() -> None:
-    """`seed.json` has a problem; that says nothing of the flag --seed."""
-    first, second = problems_of(write_good("seed.json", nonsense=1), "--seed", "-1")
-    assert first.startswith("nonsense (seed.json): no such argument")
-    assert second.startswith("seed=-1 is out of range")
+    """What is wrong in a file says nothing of the arguments that its name happens to spell."""
+    path = write_good("seed.logging_steps", nonsense=1)
+    problems = problems_of(path, "--seed", "-1", "--logging_steps", "0")
+    assert problems[0].startswith("nonsense (seed.logging_steps): no such argument")
+    assert [text.split("=")[0] for text in problems[1:]] == ["logging_steps", "seed"]
 
 
 def test_find_problems_judges_nothing_by_a_value_out_of_range() -> None:
@@ -439,7 +441,7 @@ def test_later_files_win_and_flags_win_over_files() -> None:
         {**LOADED, "tokenizer_name": None, "dropout": 0.1},
         {"train_file": None, "dataset_name": "org/name"},
         {"warmup_steps": 10, "max_steps": 10},
-        {"lr_scheduler_type": "constant", "lr_decay_steps": 20, "max_steps": 10},
+        {"lr_scheduler_type": "constant", "warmup_steps": 10, "max_steps": 10},
         {"validation_split_percentage": 0},
         {"train_file": "not_there_yet_*.txt"},
         {"resume_from_checkpoint": ".", "output_dir": "."},
@@ -539,8 +541,10 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_mistake_ends_with_code_2_and_without_a_traceback() -> None:
-    code = "import arguments; arguments.parse_arguments(['--max_stebs', '5', '--seed', 'x'])"
-    ended = run_python(code)
+    ended = run_python(
+        "from llm_training.argument_parsing import parse_arguments\n"
+        "parse_arguments(['--max_stebs', '5', '--seed', 'x'])"
+    )
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.startswith("4 problems with the arguments:\n")
     assert "did you mean max_steps" in ended.stderr
@@ -549,9 +553,9 @@ def test_a_mistake_ends_with_code_2_and_without_a_traceback() -> None:
 
 def test_help_and_mistakes_import_nothing_slow() -> None:
     ended = run_python(
-        "import arguments\n"
+        "from llm_training.argument_parsing import parse_arguments\n"
         "for words in (['--help'], ['--seed', 'x']):\n"
-        "    try: arguments.parse_arguments(words)\n"
+        "    try: parse_arguments(words)\n"
         "    except SystemExit as end: print('code', end.code)\n"
         "tops = {name.split('.')[0] for name in sys.modules}\n"
         "print('slow', sorted(tops & {'torch', 'transformers', 'numpy', 'yaml'}))\n"

@@ -135,7 +135,7 @@ def test_damaged_ones_are_passed_over_with_a_word(folder: CheckpointFolder, faul
 def test_nothing_but_damaged_ones_is_an_error(folder: CheckpointFolder) -> None:
     save(folder, 1)
     (folder.folder / "step-00000001" / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="No checkpoint in .* is whole"):
+    with pytest.raises(CheckpointError, match=r"No checkpoint in .* is whole"):
         find_checkpoint(folder.folder, "auto")
 
 
@@ -176,5 +176,5 @@ def test_a_missing_random_state_is_an_error(folder: CheckpointFolder) -> None:
     save(folder, 1)
     checkpoint = open_checkpoint(folder.folder / "last")
     (checkpoint.path / "random_states_0.pkl").unlink()
-    with pytest.raises(CheckpointError, match="has no random_states_0.pkl"):
+    with pytest.raises(CheckpointError, match=r"has no random_states_0\.pkl"):
         folder.load(checkpoint)

@@ -1,4 +1,4 @@
-"""The validation loss is the mean over tokens, each once, whatever the batches; no dice are rolled."""
+"""The validation loss is the mean over tokens, each once, whatever the batches are."""
 
 import math
 
@@ -8,7 +8,8 @@ import torch
 from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from llm_training.data.dataset import TokenRows, evaluation_batches
+from arguments import BatchSizes, EvaluationArguments
+from llm_training.data.dataset import TokenRows
 from llm_training.evaluation import evaluate
 from llm_training.modeling import CausalLMWithLoss
 
@@ -25,8 +26,9 @@ def model() -> CausalLMWithLoss:
 
 def run(model: CausalLMWithLoss, batch_size: int, metrics: tuple[str, ...] = ()) -> dict:
     rows = TokenRows(TOKENS, 8, keep_last=True)
-    batches = evaluation_batches(rows, batch_size, rank=0, num_ranks=1, max_rows=None)
-    return evaluate(Accelerator(cpu=True), model, batches, metrics)
+    arguments = EvaluationArguments(eval_metrics=list(metrics))
+    batch = BatchSizes(per_device=batch_size, accumulation=1, processes=1, global_batch=batch_size)
+    return evaluate(Accelerator(cpu=True), model, rows, arguments, batch)
 
 
 def test_the_loss_is_that_of_each_row_by_hand(model: CausalLMWithLoss) -> None:

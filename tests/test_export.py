@@ -43,9 +43,10 @@ def test_it_opens_offline_with_the_live_models_logits(
     ids = torch.arange(8)[None]
     assert torch.equal(opened(ids).logits, network.eval()(ids).logits)
     assert opened.lm_head.weight is opened.transformer.wte.weight
-    assert AutoTokenizer.from_pretrained(tmp_path / "final")("abc").input_ids == tokenizer(
-        "abc"
-    ).input_ids
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "final")("abc").input_ids
+        == tokenizer("abc").input_ids
+    )
     GenerationConfig.from_pretrained(tmp_path / "final")
     assert [p.name for p in tmp_path.iterdir()] == ["final"]
 

@@ -1,7 +1,7 @@
 """Proves that imports point down: who may know whom in this project, held with `ast`.
 
     floor 3   train_llm.py
-    floor 2   planning, evaluation, checkpointing
+    floor 2   argument_parsing, planning, evaluation, checkpointing, reporting
     floor 1   every other room of llm_training; a folder is one room
     floor 0   arguments.py
 
@@ -23,9 +23,12 @@ PACKAGE = "llm_training"
 
 FLOORS = {
     "train_llm": 3,
+    "llm_training.argument_parsing": 2,
     "llm_training.planning": 2,
     "llm_training.evaluation": 2,
     "llm_training.checkpointing": 2,
+    "llm_training.reporting": 2,
+    "llm_training.argument_checks": 1,
     "llm_training.data": 1,
     "llm_training.export": 1,
     "llm_training.generation": 1,
@@ -60,6 +63,13 @@ PURE_MODULES = {
     "llm_training.data.packing",
 }
 KEPT_OUT_OF_PURE_MODULES = {"accelerate", "arguments"}
+
+# `--help` and mistakes in the settings come from these alone, and at once.
+QUICK_MODULES = {
+    "arguments",
+    "llm_training.argument_checks",
+    "llm_training.argument_parsing",
+}
 
 
 def house_problems(root: Path) -> list[str]:
@@ -105,9 +115,10 @@ def module_problems(name: str, path: Path) -> Iterator[str]:
     if name in PURE_MODULES:
         for other in sorted({top_of(other) for other in imported} & KEPT_OUT_OF_PURE_MODULES):
             yield f"is pure and imports {other}; it takes plain values"
-    if name == "arguments":
-        at_import = {top_of(other) for other in imported_names(outside_functions(tree), folder)}
-        for other in sorted(at_import - set(sys.stdlib_module_names)):
+    if name in QUICK_MODULES:
+        at_import = set(imported_names(outside_functions(tree), folder))
+        slow = {other for other in at_import if not is_quick(other)}
+        for other in sorted({top_of(other) for other in slow}):
             yield f"imports {other} at module level; only the standard library starts fast enough"
 
 
@@ -120,6 +131,10 @@ def imported_names(nodes: Iterator[ast.AST], folder: str) -> Iterator[str]:
             above = folder.split(".")[: len(folder.split(".")) - node.level + 1]
             start = [*(above if node.level else []), *([node.module] if node.module else [])]
             yield from (".".join([*start, alias.name]) for alias in node.names)
+
+
+def is_quick(name: str) -> bool:
+    return top_of(name) in sys.stdlib_module_names or room_of(name) in QUICK_MODULES
 
 
 def outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
@@ -165,6 +180,7 @@ def test_nothing_is_called_utils() -> None:
         ("llm_training/novelty.py", "", "llm_training.novelty has no floor yet"),
         ("llm_training/data/utils.py", "", "a name must say what is inside"),
         ("arguments.py", "import json\nimport yaml", "imports yaml at module level"),
+        ("llm_training/argument_checks.py", "import torch", "imports torch at module level"),
         ("arguments.py", "def f():\n    import llm_training.state", "floor 0 imports"),
     ],
 )

@@ -38,7 +38,7 @@ def test_the_accelerator_has_our_windows_and_precision(tmp_path: Path) -> None:
 
 def test_fewer_processes_than_asked_for_are_noticed(tmp_path: Path) -> None:
     arguments = Arguments(device="cpu", output_dir=str(tmp_path), report_to=["none"])
-    with pytest.raises(LaunchError, match="2 processes were started .* Accelerate runs 1"):
+    with pytest.raises(LaunchError, match=r"2 processes were started .* Accelerate runs 1"):
         build_accelerator(arguments, accumulation=1, processes=2)
 
 

@@ -15,7 +15,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
-from arguments import read_arguments
+from llm_training.argument_parsing import read_arguments
 
 ROOT = Path(__file__).parents[1]
 TRAIN_CONFIGS = sorted(ROOT.glob("train_configs/*.json"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import shutil
 import subprocess
@@ -341,6 +342,16 @@ def test_the_environment_decides_the_store_and_nothing_else(
     assert "MLFLOW_EXPERIMENT_NAME is not used" in capsys.readouterr().out
 
 
+def test_a_dead_server_is_given_up_soon_unless_the_user_says_otherwise(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    start()
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "60"
+
+
 @pytest.mark.parametrize("name", ['say "x"', "a/b", "/Shared/x", "100 % ü"])
 def test_unusual_experiment_names_work(start: Start, name: str) -> None:
     tracking = start(experiment_name=name)
@@ -364,7 +375,7 @@ def test_a_deleted_experiment_is_refused_with_the_way_out(folder: Path, start: S
 def test_a_server_that_is_down_at_the_start_is_an_error(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # the user's own value is kept
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(TrackingError, match=r"mlflow could not be started.*tracking_uri"):
         start(tracking_uri="http://me:password@127.0.0.1:9")
 
@@ -438,6 +449,20 @@ def test_a_point_that_is_always_refused_does_not_hold_up_the_others(
     assert sorted(flaky.tracker.steps) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
     flaky.steady.tell_losses()
     assert "1 logged points are missing" in flaky.said[-1]
+
+
+def test_the_queue_of_waiting_points_is_bounded_and_losses_are_counted(
+    flaky: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm_training.tracking.steady_tracker.MAX_WAITING_POINTS", 5)
+    flaky.tracker.is_down = True
+    for step in range(8):
+        flaky.steady.log({"train/loss": 1.0}, step)
+    flaky.steady.tell_losses()
+    assert "8 logged points are missing" in flaky.said[-1]
+    flaky.tracker.is_down = False
+    flaky.steady.send_waiting()
+    assert len(flaky.tracker.steps) == 5
 
 
 def test_mlflow_breaking_down_in_mid_run_does_not_end_the_run(
@@ -590,6 +615,10 @@ def test_names_of_secrets(name: str) -> None:
 )
 def test_names_of_what_is_no_secret(name: str) -> None:
     assert redact({name: "token_cache"}) == {name: "token_cache"}
+
+
+def test_a_secret_that_is_not_set_shows_that() -> None:
+    assert redact({"hf_token": None}) == {"hf_token": None}
 
 
 def test_none_of_our_arguments_is_taken_for_a_secret() -> None:

@@ -1,4 +1,4 @@
-"""The whole script on a small real text: it trains, resumes bit for bit, and refuses what it must."""
+"""The script on a small real text: it trains, resumes bit for bit, refuses what it must."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_llm
-from arguments import read_arguments
+from llm_training.argument_parsing import read_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 Train = Callable[..., int]
@@ -154,7 +154,12 @@ def test_the_comparison_would_notice_a_lost_random_state(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(output_dir=str(tmp_path / "whole"))
-    train(output_dir=str(tmp_path / "parts"), max_steps=5, warmup_steps=2, lr_scheduler_type="constant")
+    train(
+        output_dir=str(tmp_path / "parts"),
+        max_steps=5,
+        warmup_steps=2,
+        lr_scheduler_type="constant",
+    )
     load = train_llm.CheckpointFolder.load
 
     def load_and_lose(self: object, checkpoint: object) -> object:
@@ -215,9 +220,9 @@ def test_early_stopping_counts_on_over_a_resume(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([5.0, 4.0, 4.5, 4.6, 4.7, 4.8])
-    real = train_llm.evaluate_rows
+    real = train_llm.evaluate
     monkeypatch.setattr(
-        train_llm, "evaluate_rows", lambda *args: real(*args) | {"eval/loss": next(losses)}
+        train_llm, "evaluate", lambda *args: real(*args) | {"eval/loss": next(losses)}
     )
     changes = {"early_stopping_patience": 3, "eval_steps": 2, "save_steps": 2, "max_steps": 100}
     interrupted = {"value": False}
@@ -238,7 +243,9 @@ def test_evaluating_only_gives_the_checkpoints_loss_and_writes_nothing(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train()
-    final = next(line["eval/loss"] for line in reversed(read_log(tmp_path / "run")) if "eval/loss" in line)
+    final = next(
+        line["eval/loss"] for line in reversed(read_log(tmp_path / "run")) if "eval/loss" in line
+    )
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
     capsys.readouterr()
     assert train(eval_only=True) == 0
@@ -264,9 +271,7 @@ def test_compiled_and_checkpointed_activations_give_the_same_curve(
     same = {"max_steps": 4, "eval_steps": None}
     train(output_dir=str(tmp_path / "plain"), **same)
     train(output_dir=str(tmp_path / "again"), **same, gradient_checkpointing=True)
-    for one, other in zip(
-        read_log(tmp_path / "plain"), read_log(tmp_path / "again"), strict=True
-    ):
+    for one, other in zip(read_log(tmp_path / "plain"), read_log(tmp_path / "again"), strict=True):
         assert one["train/loss"] == pytest.approx(other["train/loss"], rel=1e-6)
         assert one["train/grad_norm"] == pytest.approx(other["train/grad_norm"], rel=1e-5)
 

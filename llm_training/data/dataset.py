@@ -108,6 +108,4 @@ def evaluation_batches(
     num_rows = min(rows.num_rows, max_rows or rows.num_rows)
     for start in range(rank * batch_size, num_rows + rank * batch_size, batch_size * num_ranks):
         chosen = np.arange(start, start + batch_size, dtype=np.int64)
-        yield rows.batch(
-            np.where(chosen < num_rows, chosen * rows.num_rows // num_rows, NO_ROW)
-        )
+        yield rows.batch(np.where(chosen < num_rows, chosen * rows.num_rows // num_rows, NO_ROW))

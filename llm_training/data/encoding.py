@@ -82,7 +82,7 @@ class TextEncoder:
 
     def _pieces(self, documents: Iterable[tuple[Any, str]]) -> Iterator[_Piece]:
         for key, text in documents:
-            pieces = cut_before_newlines(text) if self._may_cut else [text]
+            pieces = cut_before_newlines(text, _PIECE_CHARACTERS) if self._may_cut else [text]
             for i, piece in enumerate(pieces, 1):
                 yield _Piece(key, piece, is_last=i == len(pieces))
 
@@ -116,7 +116,7 @@ def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def cut_before_newlines(text: str, piece_characters: int = _PIECE_CHARACTERS) -> list[str]:
+def cut_before_newlines(text: str, piece_characters: int) -> list[str]:
     """Pieces of about `piece_characters`, each ending in a letter or digit before a newline."""
     pieces = []
     start = 0

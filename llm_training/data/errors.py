@@ -1,4 +1,4 @@
-"""The one exception of this package."""
+"""The exception of this package, and the words of others in it."""
 
 
 class DataError(ValueError):
@@ -6,3 +6,9 @@ class DataError(ValueError):
 
     The message is one paragraph that says what, where and what to do.
     """
+
+
+def one_line(error: Exception) -> str:
+    """What another library said, as one sentence of our paragraph."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if text.endswith((".", "!", "?")) else text + "."

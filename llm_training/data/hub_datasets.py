@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_training.data.errors import DataError
+from llm_training.data.errors import DataError, one_line
 from llm_training.data.ledger import Ledger
 from llm_training.data.readers import require_column, require_text
 from llm_training.data.sources import EMPTY_DOCUMENT, Document, utf8_length
@@ -93,7 +93,7 @@ def _load_splits(name: str, config_name: str | None) -> dict[str, datasets.Datas
     # The library raises whatever its parts raise.
     except Exception as error:
         raise DataError(
-            f"dataset_name {name!r} cannot be loaded: {error}. Check the name and"
+            f"dataset_name {name!r} cannot be loaded: {one_line(error)} Check the name and"
             " dataset_config_name; a hub id needs a reachable hub (or its copy in the local cache),"
             " a local folder must hold data files or be what save_to_disk wrote."
         ) from error

@@ -189,8 +189,9 @@ def _read_csv(path: Path, text_column: str) -> Iterator[tuple[str, Any]]:
             for row in reader:
                 yield f"{path}, line {reader.line_num:,}", row[text_column]
         except csv.Error as error:
+            # DictReader's own count stops at the row before.
             raise DataError(
-                f"{path}, line {reader.line_num:,}: not valid CSV ({error})."
+                f"{path}, line {reader.reader.line_num:,}: not valid CSV ({error})."
                 " Fields that hold quotes or line ends must be quoted; mend the line."
             ) from None
 

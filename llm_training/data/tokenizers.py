@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from llm_training.data.errors import DataError
+from llm_training.data.errors import DataError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +40,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     # The library raises whatever its parts raise.
     except Exception as error:
         raise DataError(
-            f"Tokenizer {name!r} cannot be loaded: {str(error).strip()} Give a local folder that"
+            f"Tokenizer {name!r} cannot be loaded: {one_line(error)} Give a local folder that"
             " holds one, a hub id while a hub is reachable (or its files are in the local cache),"
             " or char, byte or bpe to make one from the training data."
         ) from error

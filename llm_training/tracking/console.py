@@ -29,10 +29,11 @@ def progress_line(
 def evaluation_line(step: int, metrics: dict[str, float]) -> str:
     """The line on an evaluation, with all of its metrics in their order.
 
-    For instance `eval  step 120 | loss 3.9012 | perplexity 49.46 | token accuracy 0.31`.
+    For instance `eval  step 120 | loss 3.9012 | perplexity 49.5 | token accuracy 0.3106`.
     """
     parts = [f"eval  step {step}"]
     for name, value in metrics.items():
         label = name.removeprefix("eval/").replace("_", " ")
-        parts.append(f"{label} {value:.4f}" if label == "loss" else f"{label} {value:,.2f}")
+        digits = "," if isinstance(value, int) else ".4f" if value < 10 else ",.1f"
+        parts.append(f"{label} {value:{digits}}")
     return " | ".join(parts)

@@ -48,14 +48,16 @@ def test_batches_are_int64_of_the_right_shape() -> None:
     assert torch.equal(batch["input_ids"], batch["labels"])
 
 
-@pytest.mark.parametrize(("num_ranks", "micro", "count"), [(1, 4, 2), (2, 4, 1), (2, 2, 2), (4, 1, 2)])
+@pytest.mark.parametrize(
+    ("num_ranks", "micro", "count"), [(1, 4, 2), (2, 4, 1), (2, 2, 2), (4, 1, 2)]
+)
 def test_a_step_holds_the_same_samples_however_it_is_split(
     num_ranks: int, micro: int, count: int
 ) -> None:
     whole = samples(make_windows(0, 1, 8, 1))
     parts = [samples(make_windows(rank, num_ranks, micro, count)) for rank in range(num_ranks)]
     for of_whole, *of_parts in zip(whole, *parts, strict=True):
-        assert sorted(sum(of_parts, [])) == sorted(of_whole)
+        assert sorted(row for rows in of_parts for row in rows) == sorted(of_whole)
 
 
 def test_windows_run_on_over_the_end_of_an_epoch() -> None:
