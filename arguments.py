@@ -9,11 +9,9 @@ documented once, in its metadata. This module imports neither torch nor the pack
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -197,7 +195,7 @@ class EvaluationArguments:
     )
     eval_max_batches: int | None = arg(
         None,
-        "Batches of global_batch_size rows in one evaluation, taken evenly from the whole validation"
+        "Batches of global_batch_size rows in one evaluation, taken evenly from the validation"
         " data; null: all of it.",
     )
     per_device_eval_batch_size: int | None = arg(
@@ -318,11 +316,6 @@ KINDS = {field.name: _kind(field, HINTS[field.name]) for field in dataclasses.fi
 def describe(arguments: Arguments) -> dict[str, Any]:
     """All arguments as a flat dict, in the order of the groups."""
     return dataclasses.asdict(arguments)
-
-
-def save_arguments(arguments: Arguments, path: str | Path) -> None:
-    """Write all arguments as an argument file, which `read_arguments` reads again."""
-    Path(path).write_text(json.dumps(describe(arguments), indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

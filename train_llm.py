@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from arguments import Arguments, resolve_batch_sizes
+from arguments import Arguments, describe, resolve_batch_sizes
 from llm_training.argument_parsing import parse_arguments
 
 if __name__ == "__main__":
@@ -20,6 +20,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -60,13 +61,19 @@ from llm_training.outputs import OutputError, OutputFolder
 from llm_training.planning import Plan, PlanError, make_plan
 from llm_training.reporting import (
     model_line,
+    provenance,
     resume_lines,
-    run_parameters,
     summary_lines,
 )
 from llm_training.state import TrainState
 from llm_training.throughput import Throughput
-from llm_training.tracking import Tracking, TrackingError, evaluation_line, progress_line
+from llm_training.tracking import (
+    Tracking,
+    TrackingError,
+    evaluation_line,
+    progress_line,
+    redact,
+)
 
 # What a user can cause and mend: told in one paragraph, without a traceback.
 EXPECTED_ERRORS = (
@@ -163,18 +170,13 @@ def build_run(arguments: Arguments, output: OutputFolder) -> Run:
     seed = agree_on_seed(drawn_seed if arguments.seed is None else arguments.seed)
     network = build_network(arguments, config, seed)
     optimizer = build_optimizer(network, arguments, accelerator.device.type)
+    facts = provenance(accelerator, data, network)
     checkpoints = CheckpointFolder(
         accelerator,
         output.checkpoints,
         arguments.save_total_limit,
-        # What a checkpoint must share with the run that continues it.
-        identity={
-            "model": model_fingerprint(network),
-            "data": data.fingerprint[:12],
-            "seed": seed,
-            "block_size": block_size,
-            "global_batch_size": batch.global_batch,
-        },
+        identity=run_identity(plan, data, network, seed),
+        about=redact(describe(arguments) | facts),
     )
     if checkpoint:
         checkpoints.check(checkpoint, plan.total_steps)
@@ -185,15 +187,13 @@ def build_run(arguments: Arguments, output: OutputFolder) -> Run:
     accelerator.print("\n".join(lines), flush=True)
 
     model, optimizer = accelerator.prepare(network, optimizer)
+    resumed_step = checkpoint.step if checkpoint else 0
+    parameters = describe(arguments) | facts
     tracking = Tracking(
-        accelerator,
-        arguments,
-        output.path,
-        resumed_step=checkpoint.step if checkpoint else 0,
-        parameters=run_parameters(arguments, data.fingerprint, network),
+        accelerator, arguments, output.path, parameters=parameters, resumed_step=resumed_step
     )
     if accelerator.is_main_process:
-        output.write_arguments(arguments)
+        output.write_opening(arguments, facts)
     if checkpoint:
         checkpoints.set_aside_newer(checkpoint)
     # Last of all, since whatever draws a random number after this would change the run.
@@ -207,15 +207,7 @@ def build_run(arguments: Arguments, output: OutputFolder) -> Run:
         network=network.model,
         optimizer=optimizer,
         tokenizer=data.tokenizer,
-        windows=TrainingWindows(
-            rows=rows,
-            seed=seed,
-            num_samples=plan.num_samples,
-            micro_batch_size=batch.per_device,
-            num_micro_batches=batch.accumulation,
-            rank=accelerator.process_index,
-            num_ranks=accelerator.num_processes,
-        ),
+        windows=build_windows(accelerator, plan, rows, seed),
         validation=validation,
         checkpoints=checkpoints,
         state=state,
@@ -272,6 +264,34 @@ def build_network(arguments: Arguments, config: PretrainedConfig, seed: int) -> 
         # The reentrant form, and the one that sharding backends bring, lose the dropout masks.
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return CausalLMWithLoss(model)
+
+
+def build_windows(
+    accelerator: Accelerator, plan: Plan, rows: TokenRows, seed: int
+) -> TrainingWindows:
+    """This rank's share of every step."""
+    return TrainingWindows(
+        rows=rows,
+        seed=seed,
+        num_samples=plan.num_samples,
+        micro_batch_size=plan.batch.per_device,
+        num_micro_batches=plan.batch.accumulation,
+        rank=accelerator.process_index,
+        num_ranks=accelerator.num_processes,
+    )
+
+
+def run_identity(
+    plan: Plan, data: PreparedData, network: CausalLMWithLoss, seed: int
+) -> dict[str, Any]:
+    """What a checkpoint must share with the run that continues it."""
+    return {
+        "model": model_fingerprint(network),
+        "data": data.fingerprint[:12],
+        "seed": seed,
+        "block_size": plan.block_size,
+        "global_batch_size": plan.batch.global_batch,
+    }
 
 
 # ------------------------------------------------------------------------------------------- loop

@@ -18,9 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import torch
-import transformers
 from accelerate import Accelerator
 
 from llm_training.state import TrainState
@@ -130,8 +127,8 @@ class CheckpointFolder:
     Args:
         folder: `output_dir/checkpoints`.
         total_limit: newest checkpoints to keep beside the best; None keeps all.
-        identity: what a checkpoint must share with the run that loads it, by name, and what to
-            say to the user: model, data, seed, ...
+        identity: what a checkpoint must share with the run that loads it: model, data, seed, ...
+        about: what else it says of the run: arguments, hardware, versions, ...
     """
 
     def __init__(
@@ -140,11 +137,13 @@ class CheckpointFolder:
         folder: Path,
         total_limit: int | None,
         identity: dict[str, Any],
+        about: dict[str, Any] | None = None,
     ):
         self.accelerator = accelerator
         self.folder = folder
         self.total_limit = total_limit
         self.identity = identity
+        self.about = about or {}
 
     def save(self, state: TrainState, *, is_best: bool = False) -> Path:
         """Saves everything the run needs to go on from here; every rank must call this."""
@@ -234,12 +233,7 @@ class CheckpointFolder:
             "samples": state.samples,
             "identity": self.identity,
             "num_processes": self.accelerator.num_processes,
-            "backend": str(self.accelerator.distributed_type.value),
-            "versions": {
-                "torch": torch.__version__,
-                "accelerate": accelerate.__version__,
-                "transformers": transformers.__version__,
-            },
+            "run": self.about,
             "files": {str(p.relative_to(folder)): p.stat().st_size for p in files},
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

@@ -72,7 +72,7 @@ def quiet_libraries() -> None:
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # tied weights, each save
     transformers.logging.disable_progress_bar()
     # Rows are full, or padded at their end only and masked by their labels: no mask is needed.
-    transformers.logging.get_logger("transformers.modeling_utils").addFilter(
+    logging.getLogger("transformers.modeling_utils").addFilter(
         lambda record: "attention_mask" not in record.getMessage()
     )
 

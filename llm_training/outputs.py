@@ -1,6 +1,7 @@
 """The output folder: what lies where, and whose it is.
 
 - `arguments.json`: every argument of the run, readable again as an argument file
+- `provenance.json`: data, sizes, hardware, versions and revision that it ran with
 - `train_log.jsonl`: one object a line: step, train/loss, ...
 - `checkpoints/`: `step-00000200`, `last`, `best`
 - `final/`: the finished model, a plain Hugging Face folder
@@ -14,7 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from arguments import Arguments, describe, save_arguments
+from arguments import Arguments, describe
 
 # These may differ between two starts of a run without being worth a word.
 NOT_WORTH_A_WORD = frozenset({"resume_from_checkpoint", "num_threads"})
@@ -30,6 +31,7 @@ class OutputFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.arguments = self.path / "arguments.json"
+        self.provenance = self.path / "provenance.json"
         self.log = self.path / "train_log.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.final = self.path / "final"
@@ -82,17 +84,14 @@ class OutputFolder:
             if name in old and old[name] != new and name not in NOT_WORTH_A_WORD
         }
 
-    def write_arguments(self, arguments: Arguments) -> None:
-        """Writes the resolved arguments; the file is whole at every moment."""
-        beside = self.arguments.with_suffix(".tmp")
-        save_arguments(arguments, beside)
-        os.replace(beside, self.arguments)
+    def write_opening(self, arguments: Arguments, provenance: dict[str, Any]) -> None:
+        """Notes what the run is."""
+        write_json(self.arguments, describe(arguments))
+        write_json(self.provenance, provenance)
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """Notes how the run ended; the file is whole at every moment."""
-        beside = self.result.with_suffix(".tmp")
-        beside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, self.result)
+        """Notes how the run ended."""
+        write_json(self.result, result)
 
     def read_result(self) -> dict[str, Any] | None:
         """How the run ended, or None while it has not."""
@@ -100,3 +99,10 @@ class OutputFolder:
             return dict(json.loads(self.result.read_text(encoding="utf-8")))
         except (OSError, ValueError):
             return None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a file that is whole at every moment: the old one or the new one."""
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(beside, path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +11,15 @@ import accelerate
 import torch
 import transformers
 from accelerate import Accelerator
-from torch import nn
 
-from arguments import Arguments, describe
+from llm_training.data import PreparedData
 from llm_training.modeling import CausalLMWithLoss, count_parameters
 
 
 def model_line(accelerator: Accelerator, network: CausalLMWithLoss) -> str:
     """What is trained, in which precision, on what."""
     parameters, outside_embeddings = count_parameters(network)
-    precision = accelerator.mixed_precision.replace("no", "fp32")
+    precision = precision_name(accelerator)
     threads = f", {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
     return (
         f"Model    {network.config.model_type}, {parameters:,} parameters, {outside_embeddings:,}"
@@ -34,19 +35,49 @@ def resume_lines(path: Path, step: int, changed: dict[str, tuple[Any, Any]]) -> 
     ]
 
 
-def run_parameters(
-    arguments: Arguments, data_fingerprint: str, network: nn.Module
+def provenance(
+    accelerator: Accelerator, data: PreparedData, network: CausalLMWithLoss
 ) -> dict[str, Any]:
-    """What a reviewer should know of the run: every argument, the data, the sizes, the versions."""
+    """What a run was besides its arguments: data, sizes, hardware, versions and revision."""
     parameters, outside_embeddings = count_parameters(network)
-    return describe(arguments) | {
-        "data_fingerprint": data_fingerprint,
+    device = accelerator.device
+    is_cuda = device.type == "cuda"
+    return {
+        "data_fingerprint": data.fingerprint,
+        "train_tokens": data.train.num_tokens if data.train else 0,
+        "validation_tokens": data.validation.num_tokens if data.validation else 0,
         "num_parameters": parameters,
         "num_parameters_outside_embeddings": outside_embeddings,
+        "device": torch.cuda.get_device_name(device) if is_cuda else device.type,
+        "precision": precision_name(accelerator),
+        "backend": accelerator.distributed_type.value,
+        "num_processes": accelerator.num_processes,
+        "num_threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python_version": platform.python_version(),
         "torch_version": torch.__version__,
         "accelerate_version": accelerate.__version__,
         "transformers_version": transformers.__version__,
+        "git_revision": git_revision(),
     }
+
+
+def precision_name(accelerator: Accelerator) -> str:
+    """The precision as the argument spells it."""
+    return "fp32" if accelerator.mixed_precision == "no" else str(accelerator.mixed_precision)
+
+
+def git_revision() -> str | None:
+    """Commit of the running code, with "+changes" where files differ from it; None outside git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        if commit.returncode != 0:
+            return None
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True)
+    except OSError:
+        return None
+    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 
 def summary_lines(result: dict[str, Any]) -> list[str]:

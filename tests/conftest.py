@@ -29,6 +29,14 @@ def fresh_accelerate() -> Iterator[None]:
         GradientState._reset_state()
 
 
+@pytest.fixture(autouse=True)
+def fresh_mlflow_store() -> Iterator[None]:
+    """MLflow notes the store in the environment: one test's must not become the next one's."""
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    yield
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 40 small files of Python's own library, about 300 KB: the tests' corpus."""

@@ -648,5 +648,5 @@ def test_the_progress_line() -> None:
 def test_the_evaluation_line() -> None:
     metrics = {"eval/loss": 3.9, "eval/perplexity": 49.4024, "eval/token_accuracy": 0.3111}
     assert evaluation_line(120, metrics) == (
-        "eval  step 120 | loss 3.9000 | perplexity 49.40 | token accuracy 0.31"
+        "eval  step 120 | loss 3.9000 | perplexity 49.4 | token accuracy 0.3111"
     )

@@ -31,6 +31,8 @@ from llm_training.data.tokenizers import TRAINED_KINDS, load_tokenizer, tokenize
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Scan = Callable[[Path, np.dtype], TokenScan]
+
 
 def prepare_bin_files(
     train_files: Sequence[SourceFile],
@@ -51,6 +53,11 @@ def prepare_bin_files(
     Raises:
         DataError: a file is no token file, or holds an id that the tokenizer does not know.
     """
+    if tokenizer_name in TRAINED_KINDS:
+        raise DataError(
+            f"tokenizer_name {tokenizer_name!r} makes a tokenizer from text, but the data is token"
+            " ids. Name the tokenizer that made them, or leave tokenizer_name null."
+        )
     scan = _remembered_scan(cache_dir, say)
     train = _open_only(train_files, "train_file", scan, say)
     validation = _open_only(validation_files, "validation_file", scan, say)
@@ -77,9 +84,6 @@ def prepare_bin_files(
         ),
         ledger=_account(present),
     )
-
-
-Scan = Callable[[Path, np.dtype], TokenScan]
 
 
 def _open_only(
@@ -126,11 +130,6 @@ def _find_tokenizer(
     folder: Path, name: str | None, source: str | None, say: Callable[[str], None]
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer asked for, else the one beside the file, else the model's, else none."""
-    if name in TRAINED_KINDS:
-        raise DataError(
-            f"tokenizer_name {name!r} makes a tokenizer from text, but the data is token ids."
-            " Name the tokenizer that made them, or leave tokenizer_name null."
-        )
     if name is not None:
         return load_tokenizer(name)
     meta = read_meta(folder)

@@ -56,6 +56,7 @@ class Recipe:
 
     def key(self) -> str:
         """Hash of everything that decides the tokens, without reading the text."""
+        loaded = self.tokenizer and tokenizer_fingerprint(self.tokenizer)
         return _hash(
             {
                 "format": FORMAT_VERSION,
@@ -63,9 +64,7 @@ class Recipe:
                 "train": self.train and self.train.key(),
                 "validation": self.validation and self.validation.key(),
                 "share": str(self.share),
-                "tokenizer": tokenizer_fingerprint(self.tokenizer)
-                if self.tokenizer
-                else self.tokenizer_name,
+                "tokenizer": loaded or self.tokenizer_name,
                 # Only bpe has a size to choose.
                 "vocab_size": self.vocab_size if self.tokenizer_name == "bpe" else None,
             }

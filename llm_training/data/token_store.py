@@ -51,7 +51,7 @@ class StoreMeta:
         tokenizer: `name`, `fingerprint` and `folder` (relative) of the tokenizer.
         splits: by name, `train` and `validation`.
         fingerprint: of the tokens and the tokenizer.
-        source_key: of all that decided the tokens; None where unknown.
+        source_key: of all that decided the tokens.
         ledger: `Ledger.to_dict`.
     """
 

@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llm_training.data.encoding import (
@@ -18,9 +27,28 @@ from llm_training.data.encoding import (
 from llm_training.data.tokenizers import END_OF_TEXT, TRAINED_KINDS, TrainedKind, train_tokenizer
 
 # What stands before and after a line end in every way that a pattern may look at.
-AWKWARD = (
-    "don't\n\n  x1\n\t'll'\nA\n\u0301b\n99\n\n\n   \n'\n.\n \nword \n word\r\n\r\nÄ\n中文\nz\n/\n.a\n"
-)
+AWKWARD = """don't
+
+  x1
+\t'll'
+A
+\u0301b
+99
+
+
+   \x20
+'
+.
+\x20
+word\x20
+ word\r
+\r
+Ä
+中文
+z
+/
+.a
+"""
 
 
 @pytest.fixture
@@ -93,7 +121,9 @@ def test_pieces_end_before_newlines_and_lose_nothing(python_text: str) -> None:
 
 
 def test_what_is_not_known_is_not_cut() -> None:
-    def allowed(pre_tokenizer: Any, normalizer: Any = None, added: AddedToken | None = None) -> bool:
+    def allowed(
+        pre_tokenizer: Any, normalizer: Any = None, added: AddedToken | None = None
+    ) -> bool:
         backend = bpe_with(pre_tokenizer, ["some text"])
         backend.normalizer = normalizer
         if added is not None:

@@ -82,7 +82,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(DataError, match="cannot be written.*cache_dir"),
+        pytest.raises(DataError, match=r"cannot be written.*cache_dir"),
         exclusive(tmp_path / "file" / "cache" / ".lock", on_wait=lambda: None),
     ):
         pass

@@ -127,9 +127,7 @@ def test_a_file_that_was_cut_short(tmp_path: Path) -> None:
         ({"novelty": 1}, "is damaged"),
     ],
 )
-def test_a_meta_file_that_is_not_right(
-    tmp_path: Path, changes: dict[str, Any], words: str
-) -> None:
+def test_a_meta_file_that_is_not_right(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     path = write_store(tmp_path)
     change_meta(tmp_path, **changes)
     with pytest.raises(DataError, match=words):

@@ -28,7 +28,7 @@ def python_texts(text_folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", TRAINED_KINDS)
-def test_a_made_tokenizer_opens_offline_and_loses_no_text(kind: TrainedKind, tmp_path: Path) -> None:
+def test_a_made_one_opens_offline_and_loses_no_text(kind: TrainedKind, tmp_path: Path) -> None:
     train_tokenizer(kind, [TEXT * 3], 300).save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     ids = tokenizer(TEXT)["input_ids"]
@@ -78,7 +78,7 @@ def test_the_fingerprint_follows_the_vocabulary_and_the_end() -> None:
 
 
 def test_settings_that_cannot_be_met() -> None:
-    with pytest.raises(DataError, match="vocab_size 256 is too small.*257 or more"):
+    with pytest.raises(DataError, match=r"vocab_size 256 is too small.*257 or more"):
         train_tokenizer("bpe", ["text"], 256)
     with pytest.raises(DataError, match="no character"):
         train_tokenizer("char", [], 0)
@@ -88,14 +88,14 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
     backend = Tokenizer(models.WordLevel({"a": 0, "b": 1}))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
-    with pytest.raises(DataError, match="no end-of-text token.*Set eos_token"):
+    with pytest.raises(DataError, match=r"no end-of-text token.*Set eos_token"):
         load_tokenizer(str(tmp_path))
 
 
 def test_a_tokenizer_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="there is no such folder"):
         load_tokenizer("./nowhere")
-    with pytest.raises(DataError, match="cannot be loaded.*local folder.*hub is reachable"):
+    with pytest.raises(DataError, match=r"cannot be loaded.*local folder.*hub is reachable"):
         load_tokenizer(str(tmp_path))
 
     def unreachable(*_: object, **__: object) -> None:
