@@ -1,0 +1,81 @@
+"""What a run says of itself is true and complete, before it begins and after it has ended."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from llm_training import reporting
+from llm_training.reporting import git_revision, resume_lines, summary_lines
+
+RESULT = {
+    "step": 1200,
+    "stopped_early": False,
+    "tokens": 2_448_000,
+    "first_loss": 8.3,
+    "last_loss": 3.25,
+    "best_loss": 3.2,
+    "best_step": 1100,
+    "sample": "def f():\n    return 1",
+    "model": "runs/a/final",
+    "review": "mlflow ui",
+}
+
+
+def test_the_summary_has_losses_sample_and_places() -> None:
+    assert summary_lines(RESULT) == [
+        "Done     1,200 steps, 2,448,000 tokens predicted",
+        "Loss     8.3000 at the start, 3.2500 at the end, 3.2000 at best (step 1100): validation,"
+        " nats per token",
+        "Sample",
+        "    def f():",
+        "        return 1",
+        "Model    runs/a/final",
+        "Review   mlflow ui",
+    ]
+
+
+def test_what_there_was_not_is_not_said() -> None:
+    result = RESULT | {"stopped_early": True, "last_loss": None, "sample": None}
+    assert summary_lines(result) == [
+        "Done     1,200 steps, stopped early, 2,448,000 tokens predicted",
+        "Model    runs/a/final",
+        "Review   mlflow ui",
+    ]
+
+
+def test_a_resume_names_what_changed() -> None:
+    assert resume_lines(Path("c/step-1"), 1000, {"max_steps": (5, 9)}) == [
+        "Resume   from c/step-1 at step 1,000",
+        "Changed  max_steps: 5 at the last start, now 9",
+    ]
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "code.py").write_text("1")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", "code.py")
+    git(tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "first")
+    monkeypatch.setattr(reporting, "__file__", str(tmp_path / "code.py"))
+    return tmp_path
+
+
+def git(folder: Path, *words: str) -> str:
+    command = ["git", "-C", str(folder), *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_the_revision_says_whether_files_differ_from_it(repository: Path) -> None:
+    commit = git(repository, "rev-parse", "HEAD")
+    assert git_revision() == commit
+    (repository / "code.py").write_text("2")
+    assert git_revision() == commit + "+changes"
+
+
+def test_outside_of_git_there_is_no_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reporting, "__file__", str(tmp_path / "code.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert git_revision() is None
