@@ -20,10 +20,13 @@ def model_line(accelerator: Accelerator, network: CausalLMWithLoss) -> str:
     """What is trained, in which precision, on what."""
     parameters, outside_embeddings = count_parameters(network)
     precision = precision_name(accelerator)
-    threads = f", {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
+    threads = torch.get_num_threads()
+    device = f"{accelerator.device}, threads: {threads}"
+    if accelerator.device.type != "cpu":
+        device = str(accelerator.device)
     return (
         f"Model    {network.config.model_type}, {parameters:,} parameters, {outside_embeddings:,}"
-        f" of them outside of embeddings; {precision} on {accelerator.device}{threads}"
+        f" of them outside of embeddings; {precision} on {device}"
     )
 
 

@@ -8,6 +8,7 @@ go on after a kill, and a true status. MLflow takes 1.4 s to import, hence insid
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -88,6 +89,7 @@ class MLflowRun:
                 say(f"warning: the environment's {name} is not used; the arguments decide")
         import mlflow
 
+        logging.getLogger("mlflow.store.db").setLevel(logging.WARNING)  # each new table else
         self.uri = resolve_store(arguments.tracking_uri)
         mlflow.set_tracking_uri(self.uri)
         self._client = mlflow.MlflowClient()
