@@ -105,9 +105,11 @@ class Run:
     windows: TrainingWindows
     validation: TokenRows | None
     checkpoints: CheckpointFolder
+    checkpoint: Checkpoint | None
     state: TrainState
     tracking: Tracking
     output: OutputFolder
+    facts: dict[str, Any]
     meter: Throughput
 
 
@@ -134,6 +136,7 @@ def run_training(arguments: Arguments) -> None:
         return
     run = build_run(arguments, output)
     with tracked(run):
+        resume(run)
         train(run)
         finish(run)
 
@@ -143,9 +146,10 @@ def is_finished(output: OutputFolder, arguments: Arguments) -> bool:
     result = output.read_result() if arguments.resume_from_checkpoint == "auto" else None
     if result is None or output.changed_arguments(arguments):
         return False
-    print(f"{output.path} already holds this run, finished.")
-    print("\n".join(summary_lines(result)))
-    print("Nothing was changed. To train anew, give another --run_name or --output_dir.")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{output.path} already holds this run, finished.")
+        print("\n".join(summary_lines(result)))
+        print("Nothing was changed. To train anew, give another --run_name or --output_dir.")
     return True
 
 
@@ -187,18 +191,13 @@ def build_run(arguments: Arguments, output: OutputFolder) -> Run:
     accelerator.print("\n".join(lines), flush=True)
 
     model, optimizer = accelerator.prepare(network, optimizer)
-    resumed_step = checkpoint.step if checkpoint else 0
-    parameters = describe(arguments) | facts
     tracking = Tracking(
-        accelerator, arguments, output.path, parameters=parameters, resumed_step=resumed_step
+        accelerator,
+        arguments,
+        output.path,
+        parameters=describe(arguments) | facts,
+        resumed_step=checkpoint.step if checkpoint else 0,
     )
-    if accelerator.is_main_process:
-        output.write_opening(arguments, facts)
-    if checkpoint:
-        checkpoints.set_aside_newer(checkpoint)
-    # Last of all, since whatever draws a random number after this would change the run.
-    seed_everything(seed, each_rank_its_own=True)
-    state = checkpoints.load(checkpoint) if checkpoint else TrainState(seed=seed)
     return Run(
         arguments=arguments,
         accelerator=accelerator,
@@ -210,9 +209,11 @@ def build_run(arguments: Arguments, output: OutputFolder) -> Run:
         windows=build_windows(accelerator, plan, rows, seed),
         validation=validation,
         checkpoints=checkpoints,
-        state=state,
+        checkpoint=checkpoint,
+        state=checkpoint.read_state() if checkpoint else TrainState(seed=seed),
         tracking=tracking,
         output=output,
+        facts=facts,
         meter=Throughput(),
     )
 
@@ -294,6 +295,22 @@ def run_identity(
     }
 
 
+# ----------------------------------------------------------------------------------------- resume
+
+
+def resume(run: Run) -> None:
+    """Puts weights, optimizer and random state where the run stands: at a checkpoint or at step 0.
+
+    Nothing may draw a random number between this and the first step: it would change the run.
+    """
+    if run.accelerator.is_main_process:
+        run.output.write_opening(run.arguments, run.facts)
+    seed_everything(run.state.seed, each_rank_its_own=True)
+    if run.checkpoint:
+        run.checkpoints.set_aside_newer(run.checkpoint)
+        run.checkpoints.load(run.checkpoint)
+
+
 # ------------------------------------------------------------------------------------------- loop
 
 
@@ -319,14 +336,15 @@ def train(run: Run) -> None:
         run.meter.update(num_samples * plan.block_size)
 
         is_last = state.step == plan.total_steps
-        if state.step % arguments.logging_steps == 0 or is_last:
+        if is_due(state.step, arguments.logging_steps) or is_last:
             log_progress(run, learning_rate, grad_norm)
         is_best = False
         if is_due(state.step, arguments.eval_steps) or is_last:
-            is_best = evaluate_and_log(run)
-        if is_due(state.step, arguments.save_steps) or is_last or (is_best and arguments.save_best):
+            is_best = evaluate_and_log(run) and arguments.save_best
+            is_last = is_last or is_stopped_early(run)
+        if is_due(state.step, arguments.save_steps) or is_last or is_best:
             with run.meter.paused():
-                run.checkpoints.save(state, is_best=is_best and arguments.save_best)
+                run.checkpoints.save(state, is_best=is_best)
 
 
 def optimizer_step(run: Run, window: list[Batch], num_tokens: int) -> tuple[float, float]:
@@ -408,6 +426,7 @@ def evaluate_and_log(run: Run) -> bool:
         metrics = evaluate(
             run.accelerator, run.model, run.validation, run.arguments, run.plan.batch
         )
+    del metrics["eval/tokens"]  # the same each time
     run.tracking.log(metrics, run.state.step)
     run.tracking.say(evaluation_line(run.state.step, metrics))
     return run.state.note_evaluation(metrics["eval/loss"], run.arguments.early_stopping_min_delta)
@@ -419,14 +438,15 @@ def evaluate_and_log(run: Run) -> bool:
 @contextmanager
 def tracked(run: Run) -> Iterator[None]:
     """Closes the trackers with how it really went."""
-    artifacts = [run.output.arguments, run.output.log, run.output.result]
+    output = run.output
+    artifacts = [output.arguments, output.provenance, output.log]
     try:
         yield
     except BaseException as error:
         killed = isinstance(error, KeyboardInterrupt)
-        run.tracking.finish("KILLED" if killed else "FAILED", artifacts[:2])
+        run.tracking.finish("KILLED" if killed else "FAILED", artifacts)
         raise
-    run.tracking.finish("FINISHED", artifacts)
+    run.tracking.finish("FINISHED", [*artifacts, output.result])
 
 
 def finish(run: Run) -> None:

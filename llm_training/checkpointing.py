@@ -158,7 +158,7 @@ class CheckpointFolder:
         self.accelerator.wait_for_everyone()
         return path
 
-    def load(self, checkpoint: Checkpoint) -> TrainState:
+    def load(self, checkpoint: Checkpoint) -> None:
         """Puts weights, optimizer, and random state back; nothing may draw random numbers after it.
 
         Raises:
@@ -172,7 +172,6 @@ class CheckpointFolder:
                 f" {self.accelerator.num_processes}. Continue it with as many."
             )
         self.accelerator.load_state(str(checkpoint.path))
-        return checkpoint.read_state()
 
     def check(self, checkpoint: Checkpoint, total_steps: int | None = None) -> None:
         """Makes sure that `checkpoint` is one of this run.

@@ -85,7 +85,8 @@ class OutputFolder:
         }
 
     def write_opening(self, arguments: Arguments, provenance: dict[str, Any]) -> None:
-        """Notes what the run is."""
+        """Notes what the run is, and that it has not ended."""
+        self.result.unlink(missing_ok=True)
         write_json(self.arguments, describe(arguments))
         write_json(self.provenance, provenance)
 

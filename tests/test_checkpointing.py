@@ -52,7 +52,8 @@ def test_weights_optimizer_and_random_state_come_back(folder: CheckpointFolder) 
 
     checkpoint, _ = find_checkpoint(folder.folder, "auto")
     assert checkpoint is not None
-    state = folder.load(checkpoint)
+    folder.load(checkpoint)
+    state = checkpoint.read_state()
     assert (state.step, state.samples) == (3, 24)
     assert all(torch.equal(model.state_dict()[name], weights[name]) for name in weights)
     assert all("exp_avg" in values for values in optimizer.state.values())

@@ -574,8 +574,14 @@ def test_importing_the_room_imports_nothing_slow() -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_the_review_hint_is_a_command_for_the_shell(folder: Path, start: Start) -> None:
+def test_the_review_hint_is_a_command_for_the_shell(
+    folder: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
     tracking = start()
+    here = shlex.split(tracking.review_hint())  # for an environment that is not the active one
+    assert (here[0], here[1:4]) == (sys.executable, ["-m", "mlflow", "ui"])
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
     words = shlex.split(tracking.review_hint())
     assert words[:4] == ["mlflow", "ui", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     tracking.finish("FINISHED")

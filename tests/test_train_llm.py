@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -98,7 +99,7 @@ def test_the_command_line_from_text_to_a_model(settings: dict, tmp_path: Path) -
     assert {"train/loss", "train/grad_norm", "train/learning_rate"} <= set(log[1])
     assert any("eval/token_accuracy" in line for line in log)
     assert f"{losses[0]:.4f} at the start, {losses[-1]:.4f} at the end" in first.stdout
-    assert "mlflow ui --backend-store-uri sqlite:///" in first.stdout
+    assert re.search("mlflow ui --backend-store-uri '?sqlite:///", first.stdout)
     assert "    def " in first.stdout  # the sample
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "final")
@@ -162,14 +163,29 @@ def test_the_comparison_would_notice_a_lost_random_state(
     )
     load = train_llm.CheckpointFolder.load
 
-    def load_and_lose(self: object, checkpoint: object) -> object:
-        state = load(self, checkpoint)  # type: ignore[arg-type]
+    def load_and_lose(self: object, checkpoint: object) -> None:
+        load(self, checkpoint)  # type: ignore[arg-type]
         torch.manual_seed(0)
-        return state
 
     monkeypatch.setattr(train_llm.CheckpointFolder, "load", load_and_lose)
     train(output_dir=str(tmp_path / "parts"))
     assert curve(tmp_path / "parts") != curve(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_accelerate_launch_gives_the_same_curve_bit_for_bit(
+    settings: dict, train: Train, tmp_path: Path
+) -> None:
+    train(output_dir=str(tmp_path / "direct"))
+    (tmp_path / "launch.json").write_text(
+        json.dumps(settings | {"output_dir": str(tmp_path / "launched")})
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    yaml = str(ROOT / "accelerate_configs" / "single.yaml")
+    command = [*launch, yaml, str(ROOT / "train_llm.py"), "launch.json"]
+    launched = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert launched.returncode == 0, launched.stderr
+    assert curve(tmp_path / "launched") == curve(tmp_path / "direct")
 
 
 @pytest.mark.slow
@@ -224,7 +240,7 @@ def test_early_stopping_counts_on_over_a_resume(
     monkeypatch.setattr(
         train_llm, "evaluate", lambda *args: real(*args) | {"eval/loss": next(losses)}
     )
-    changes = {"early_stopping_patience": 3, "eval_steps": 2, "save_steps": 2, "max_steps": 100}
+    changes = {"early_stopping_patience": 3, "eval_steps": 2, "save_steps": 6, "max_steps": 100}
     interrupted = {"value": False}
 
     def interrupt(name: str, value: float, step: int, sample: int) -> None:
@@ -237,6 +253,7 @@ def test_early_stopping_counts_on_over_a_resume(
     assert train(**changes) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["step"], result["stopped_early"], result["best_step"]) == (8, True, 2)
+    assert (tmp_path / "run" / "checkpoints" / "last").resolve().name == "step-00000008"
 
 
 def test_evaluating_only_gives_the_checkpoints_loss_and_writes_nothing(
@@ -265,7 +282,7 @@ def test_a_model_folder_is_trained_on(train: Train, tmp_path: Path) -> None:
     assert after[0]["eval/loss"] == pytest.approx(last, rel=1e-6)
 
 
-def test_compiled_and_checkpointed_activations_give_the_same_curve(
+def test_activations_computed_again_give_the_same_curve_with_dropout(
     train: Train, tmp_path: Path
 ) -> None:
     same = {"max_steps": 4, "eval_steps": None}
@@ -376,3 +393,34 @@ def test_a_longer_run_goes_on_where_the_shorter_ended(
     output = capsys.readouterr().out
     assert "Changed  max_steps: 12 at the last start, now 16" in output
     assert [line["step"] for line in read_log(tmp_path / "run")][-1] == 16
+
+
+def test_a_longer_run_that_is_stopped_is_not_taken_for_finished(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train()
+
+    def interrupt(name: str, value: float, step: int, sample: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_llm, "require_finite", interrupt)
+    assert train(max_steps=16) == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert train(max_steps=16) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["step"] == 16
+
+
+def test_a_run_that_cannot_be_resumed_is_recorded_as_failed(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow
+
+    train(max_steps=6, report_to=["mlflow"])
+    (tmp_path / "run" / "checkpoints" / "last" / "optimizer.bin").write_bytes(b"")
+    manifest = tmp_path / "run" / "checkpoints" / "last" / "manifest.json"
+    manifest.write_text(re.sub(r'"optimizer.bin": \d+', '"optimizer.bin": 0', manifest.read_text()))
+    with pytest.raises(EOFError):  # torch's own
+        train(max_steps=12, report_to=["mlflow"])
+    (run,) = mlflow.search_runs(experiment_names=["train_llm"], output_format="list")
+    assert run.info.status == "FAILED"

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shlex
+import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -183,11 +186,21 @@ class Tracking:
             return redact_url(self._mlflow.uri)
         if self._mlflow:
             store = shlex.quote(redact_url(self._mlflow.uri))
-            return f"mlflow ui --backend-store-uri {store} --host 127.0.0.1 --port 5000"
+            return (
+                f"{_mlflow_command()} ui --backend-store-uri {store} --host 127.0.0.1 --port 5000"
+            )
         if "tensorboard" in self._report_to:
             folder = _tensorboard_folder(self._output_dir).absolute()
             return f"tensorboard --logdir {shlex.quote(str(folder))}"
         return f"less {shlex.quote(str(self._train_log.path.absolute()))}"
+
+
+def _mlflow_command() -> str:
+    """`mlflow`, or how this Python starts it where its environment is not the active one."""
+    if shutil.which("mlflow"):
+        return "mlflow"
+    python = os.path.relpath(sys.executable)
+    return f"{shlex.quote(sys.executable if python.startswith('..') else python)} -m mlflow"
 
 
 def _tensorboard_folder(output_dir: Path) -> Path:
