@@ -20,6 +20,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from llm_training.durable import flush, flush_tree, point_to, write_json
 from llm_training.state import TrainState
 
 FORMAT_VERSION = 1
@@ -235,7 +236,7 @@ class CheckpointFolder:
             "run": self.about,
             "files": {str(p.relative_to(folder)): p.stat().st_size for p in files},
         }
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / MANIFEST, manifest)
 
     def _remove_old(self) -> None:
         """Removes the oldest beyond the limit, never what `last` or `best` point to."""
@@ -247,26 +248,3 @@ class CheckpointFolder:
                 # Without its manifest, what a crash leaves behind is not taken for whole.
                 (path / MANIFEST).unlink()
                 shutil.rmtree(path)
-
-
-def point_to(link: Path, target: Path) -> None:
-    """Makes `link` a relative symbolic link to its sibling `target`, in one instant."""
-    beside = link.with_name(link.name + ".tmp")
-    beside.unlink(missing_ok=True)
-    beside.symlink_to(target.name, target_is_directory=True)
-    os.replace(beside, link)
-
-
-def flush(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def flush_tree(folder: Path) -> None:
-    """Waits until a folder and all it holds are on the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        flush(path)

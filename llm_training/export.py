@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from llm_training.durable import replace_folder
 
 # What wrappers put into the names of weights: DDP and `CausalLMWithLoss` in front of them, and
 # torch.compile anywhere.
@@ -45,13 +46,3 @@ def export_model(
             tokenizer.save_pretrained(written)
         replace_folder(written, folder)
     accelerator.wait_for_everyone()
-
-
-def replace_folder(new: Path, folder: Path) -> None:
-    """Puts the folder `new` in the place of `folder`; the old one goes last."""
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(new, folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from arguments import Arguments, describe
+from llm_training.durable import write_json
 
 # These may differ between two starts of a run without being worth a word.
 NOT_WORTH_A_WORD = frozenset({"resume_from_checkpoint", "num_threads"})
@@ -100,10 +101,3 @@ class OutputFolder:
             return dict(json.loads(self.result.read_text(encoding="utf-8")))
         except (OSError, ValueError):
             return None
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a file that is whole at every moment: the old one or the new one."""
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, path)

@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from llm_training.durable import write_json
+
 
 @dataclass
 class TrainState:
@@ -55,7 +57,7 @@ class TrainState:
 
     def save(self, path: Path) -> None:
         """Writes the state as JSON."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_json(path, dataclasses.asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> TrainState:

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from llm_training.data.tokenizers import train_tokenizer
-from llm_training.export import export_model, replace_folder
+from llm_training.export import export_model
 from llm_training.modeling import CausalLMWithLoss
 
 
@@ -58,12 +58,3 @@ def test_the_names_are_the_models_own_when_it_is_compiled(tmp_path: Path) -> Non
     plain = GPT2LMHeadModel.from_pretrained(tmp_path / "final").state_dict()
     names = set(load_file(tmp_path / "final" / "model.safetensors"))
     assert names == set(plain) - {"lm_head.weight"}
-
-
-def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    for name in ("old", "new"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).write_text("")
-    replace_folder(tmp_path / "new", tmp_path / "old")
-    assert [p.name for p in (tmp_path / "old").iterdir()] == ["new"]
-    assert [p.name for p in tmp_path.iterdir()] == ["old"]

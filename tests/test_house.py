@@ -30,6 +30,7 @@ FLOORS = {
     "llm_training.reporting": 2,
     "llm_training.argument_checks": 1,
     "llm_training.data": 1,
+    "llm_training.durable": 1,
     "llm_training.export": 1,
     "llm_training.generation": 1,
     "llm_training.health": 1,
@@ -47,6 +48,7 @@ FLOORS = {
 }
 
 OPEN_ROOMS = {
+    "llm_training.durable",
     "llm_training.losses",
     "llm_training.schedules",
     "llm_training.state",

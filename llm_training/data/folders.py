@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from llm_training.data.errors import DataError
+from llm_training.durable import flush, flush_tree
 
 
 @contextmanager
@@ -60,11 +60,10 @@ def new_folder(final: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            _flush(path)
+        flush_tree(temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        _flush(final.parent)
+        flush(final.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DataError(
@@ -88,11 +87,3 @@ def check_free_space(folder: Path, needed_bytes: int) -> None:
 
 def _free_mb(folder: Path) -> float:
     return shutil.disk_usage(folder).free / 1e6
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
