@@ -21,7 +21,7 @@ def require_finite(name: str, value: float, step: int, first_sample: int) -> Non
         return
     raise NonFiniteError(
         f"The {name} of step {step} (samples from {first_sample}) is {value}. The step was not"
-        " applied: the last checkpoint is sound, and starting again continues from it. What usually"
-        " helps: a lower --learning_rate, more --warmup_steps, --max_grad_norm 1.0, or"
+        " applied, so what is saved is sound, and the same command continues from the newest"
+        " checkpoint. What usually helps: a lower --learning_rate, more --warmup_steps, --max_grad_norm 1.0, or"
         " --mixed_precision bf16 or fp32 in place of fp16."
     )

@@ -151,9 +151,10 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """12 hex digits over the names, shapes and types of all weights: the same for equal models."""
+    """The model's size and a hash over the names, shapes and types of its weights."""
     layout = [(name, list(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
-    return hashlib.sha256(json.dumps(layout).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(json.dumps(layout).encode()).hexdigest()[:12]
+    return f"{sum(p.numel() for p in model.parameters()):,} parameters ({digest})"
 
 
 def _load_existing_config(name: str) -> PretrainedConfig:
