@@ -22,6 +22,6 @@ def require_finite(name: str, value: float, step: int, first_sample: int) -> Non
     raise NonFiniteError(
         f"The {name} of step {step} (samples from {first_sample}) is {value}. The step was not"
         " applied, so what is saved is sound, and the same command continues from the newest"
-        " checkpoint. What usually helps: a lower --learning_rate, more --warmup_steps, --max_grad_norm 1.0, or"
-        " --mixed_precision bf16 or fp32 in place of fp16."
+        " checkpoint. What usually helps: a lower --learning_rate, more --warmup_steps,"
+        " --max_grad_norm 1.0, or --mixed_precision bf16 or fp32 in place of fp16."
     )
