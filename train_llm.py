@@ -35,7 +35,7 @@ from llm_training.checkpointing import (
     find_checkpoint,
 )
 from llm_training.data import DataError, PreparedData, prepare_data
-from llm_training.data.dataset import Batch, TokenRows, TrainingWindows
+from llm_training.data.dataset import Batch, TokenRows, TrainingWindows, validation_rows
 from llm_training.evaluation import evaluate
 from llm_training.export import export_model
 from llm_training.generation import generate_sample
@@ -167,12 +167,13 @@ def build_run(arguments: Arguments, output: OutputFolder) -> Run:
     if data.train is None:
         raise DataError("There is no training data: give --train_file or --dataset_name.")
     rows = TokenRows(data.train.tokens, block_size, keep_last=False)
-    validation = build_validation(data, block_size) if arguments.eval_steps else None
+    validation = validation_rows(data.validation, block_size) if arguments.eval_steps else None
     plan = make_plan(arguments, batch, rows)
 
     drawn_seed = checkpoint.read_state().seed if checkpoint else None
     seed = agree_on_seed(drawn_seed if arguments.seed is None else arguments.seed)
-    network = build_network(arguments, config, seed)
+    seed_everything(seed, each_rank_its_own=False)
+    network = CausalLMWithLoss(build_model(config, arguments))
     optimizer = build_optimizer(network, arguments, accelerator.device.type)
     facts = provenance(accelerator, data, network)
     checkpoints = CheckpointFolder(
@@ -242,29 +243,6 @@ def build_data(
     config = load_config(arguments, data.tokenizer)
     block_size = fit_config(config, arguments, data.vocab_size, arguments.block_size)
     return data, config, block_size
-
-
-def build_validation(data: PreparedData, block_size: int) -> TokenRows | None:
-    """The validation rows, the last and shorter one included; None where nothing is kept back."""
-    if data.validation is None:
-        return None
-    if data.validation.num_tokens < block_size:
-        raise DataError(
-            f"The validation data has {data.validation.num_tokens} tokens, less than one row of"
-            f" {block_size}. Give more (--validation_file, --validation_split_percentage), a"
-            " smaller --block_size, or --eval_steps null to train without."
-        )
-    return TokenRows(data.validation.tokens, block_size, keep_last=True)
-
-
-def build_network(arguments: Arguments, config: PretrainedConfig, seed: int) -> CausalLMWithLoss:
-    """The model, the same on every rank."""
-    seed_everything(seed, each_rank_its_own=False)
-    model = build_model(config, arguments)
-    if arguments.gradient_checkpointing:
-        # The reentrant form, and the one that sharding backends bring, lose the dropout masks.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return CausalLMWithLoss(model)
 
 
 def build_windows(
@@ -492,10 +470,11 @@ def evaluate_only(arguments: Arguments) -> None:
     output = OutputFolder(str(arguments.output_dir))
     checkpoint, passed_over = find_checkpoint(output.checkpoints, arguments.resume_from_checkpoint)
     data, config, block_size = build_data(arguments, accelerator)
-    validation = build_validation(data, block_size)
+    validation = validation_rows(data.validation, block_size)
     if validation is None:
         raise DataError("There is no validation data: give --validation_file.")
-    network = build_network(arguments, config, agree_on_seed(arguments.seed))
+    seed_everything(agree_on_seed(arguments.seed), each_rank_its_own=False)
+    network = CausalLMWithLoss(build_model(config, arguments))
     identity = {"model": model_fingerprint(network)}
     model = accelerator.prepare(network)
     if checkpoint:

@@ -1,6 +1,6 @@
 """Our steady tokens per second beside a bare PyTorch loop on the same model, rows and precision.
 
-    python benchmarks/steady_state.py --rounds 5 --steps 30
+    python benchmarks/steady_state.py --rounds 4 --steps 20
 
 Each round starts `train_llm.py` as a person would, logging every step, and then the bare loop below
 in a fresh process, so that both meet the same machine; what is compared are their medians and the
@@ -28,8 +28,8 @@ BATCH_SIZE, BLOCK_SIZE, VOCAB_SIZE = 8, 256, 8192
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="pairs of runs per precision")
-    parser.add_argument("--steps", type=int, default=30, help="measured steps of each run")
+    parser.add_argument("--rounds", type=int, default=4, help="pairs of runs per precision")
+    parser.add_argument("--steps", type=int, default=20, help="measured steps of each run")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--bare", metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import secrets
 
 import torch
@@ -120,11 +121,11 @@ def has_bf16(device_type: str) -> bool:
     """Whether the device multiplies bf16 matrices in hardware, so that it pays."""
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device_type == "cpu":
-        capabilities = torch.backends.cpu.get_cpu_capability()
-        if capabilities.startswith(("AVX", "DEFAULT", "NO AVX")):
-            return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device_type == "cpu" and platform.machine() in ("x86_64", "AMD64"):
+        # Not oneDNN's own answer: it is also yes where bf16 is only emulated, and slower.
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if device_type == "cpu" and platform.machine() == "aarch64":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return False
 
 
@@ -136,8 +137,15 @@ def set_threads(num_threads: int | None) -> None:
     """
     if num_threads is None:
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        num_threads = max(1, len(os.sched_getaffinity(0)) // local_processes)
+        num_threads = max(1, count_cores() // local_processes)
     torch.set_num_threads(num_threads)
+
+
+def count_cores() -> int:
+    """Cores that this process may use; on systems that do not tell, those of the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def make_deterministic(device_type: str) -> None:

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from arguments import ModelArguments
+from arguments import Arguments, ModelArguments
 from llm_training.losses import count_correct_tokens, token_loss_sum
 
 # Probabilities that configurations name in many ways; those of heads we never train stay.
@@ -96,7 +96,8 @@ def fit_config(
     if arguments.model_type is not None:
         if "vocab_size" not in arguments.config_overrides:
             config.vocab_size = vocab_size
-        if not {"n_positions", "max_position_embeddings"} & set(arguments.config_overrides):
+        is_chosen = {"n_positions", "max_position_embeddings"} & set(arguments.config_overrides)
+        if hasattr(config, "max_position_embeddings") and not is_chosen:
             config.max_position_embeddings = block_size or DEFAULT_BLOCK_SIZE
     if config.vocab_size < vocab_size:
         raise ModelError(
@@ -115,7 +116,7 @@ def fit_config(
     return block_size
 
 
-def build_model(config: PretrainedConfig, arguments: ModelArguments) -> PreTrainedModel:
+def build_model(config: PretrainedConfig, arguments: Arguments) -> PreTrainedModel:
     """The model in float32 (the master weights), in training mode.
 
     Call it with the same random seed on every rank: not every backend sends rank 0's weights on.
@@ -126,15 +127,18 @@ def build_model(config: PretrainedConfig, arguments: ModelArguments) -> PreTrain
     kwargs: dict[str, Any] = {"dtype": torch.float32}
     if arguments.attn_implementation is not None:
         kwargs["attn_implementation"] = arguments.attn_implementation
+    name = arguments.model_name_or_path
     try:
-        if arguments.model_name_or_path is None:
-            return AutoModelForCausalLM.from_config(config, **kwargs).train()
-        model = AutoModelForCausalLM.from_pretrained(
-            arguments.model_name_or_path, config=config, **kwargs
-        )
+        if name is None:
+            model = AutoModelForCausalLM.from_config(config, **kwargs)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, config=config, **kwargs)
     except (OSError, ImportError, ValueError) as error:
-        source = arguments.model_name_or_path or f"a {arguments.model_type} configuration"
+        source = name or f"a {arguments.model_type} configuration"
         raise ModelError(f"No model could be made from {source}: {error}") from error
+    if arguments.gradient_checkpointing:
+        # The reentrant form, and the one that sharding backends bring, lose the dropout masks.
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 

@@ -87,7 +87,7 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
     """How a run ended, read off its result.json."""
     early = ", stopped early" if result["stopped_early"] else ""
     lines = [f"Done     {result['step']:,} steps{early}, {result['tokens']:,} tokens predicted"]
-    if result["last_loss"] is not None:
+    if result["best_loss"] is not None:
         lines.append(
             f"Loss     {result['first_loss']:.4f} at the start, {result['last_loss']:.4f} at the"
             f" end, {result['best_loss']:.4f} at best (step {result['best_step']}): validation,"

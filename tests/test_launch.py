@@ -106,3 +106,18 @@ def test_seeds() -> None:
     first = torch.rand(2)
     seed_everything(3, each_rank_its_own=False)
     assert torch.equal(torch.rand(2), first)
+
+
+def test_cores_are_counted_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    assert launch.count_cores() == 6
+
+
+@pytest.mark.parametrize(("machine", "expected"), [("aarch64", True), ("arm64", False)])
+def test_bf16_on_arm_is_what_the_library_says(
+    machine: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert launch.has_bf16("cpu") is expected

@@ -36,7 +36,7 @@ def test_the_summary_has_losses_sample_and_places() -> None:
 
 
 def test_what_there_was_not_is_not_said() -> None:
-    result = RESULT | {"stopped_early": True, "last_loss": None, "sample": None}
+    result = RESULT | {"stopped_early": True, "best_loss": None, "sample": None}
     assert summary_lines(result) == [
         "Done     1,200 steps, stopped early, 2,448,000 tokens predicted",
         "Model    runs/a/final",

@@ -10,7 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llm_training.data.errors import DataError
 from llm_training.data.order import sample_rows
+from llm_training.data.token_store import TokenStore
 
 Batch = dict[str, Tensor]
 IGNORE_INDEX = -100
@@ -55,6 +57,23 @@ class TokenRows:
             input_ids[i, : len(tokens)] = tokens
             labels[i, : len(tokens)] = tokens
         return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
+
+
+def validation_rows(store: TokenStore | None, block_size: int) -> TokenRows | None:
+    """All validation tokens as rows, the last and shorter one included; None where there are none.
+
+    Raises:
+        DataError: not even one row.
+    """
+    if store is None:
+        return None
+    if store.num_tokens < block_size:
+        raise DataError(
+            f"The validation data has {store.num_tokens} tokens, less than one row of {block_size}."
+            " Give more (--validation_file, --validation_split_percentage), a smaller --block_size,"
+            " or --eval_steps null to train without."
+        )
+    return TokenRows(store.tokens, block_size, keep_last=True)
 
 
 @dataclass(frozen=True)
