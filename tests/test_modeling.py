@@ -70,6 +70,11 @@ def test_dropout_reaches_every_kind() -> None:
     assert bloom.attention_dropout == bloom.hidden_dropout == 0.1
 
 
+def test_activations_are_computed_again_where_asked_for() -> None:
+    assert make(gradient_checkpointing=True)[0].is_gradient_checkpointing
+    assert not make()[0].is_gradient_checkpointing
+
+
 def test_the_wrapper_returns_the_summed_loss_and_the_right_guesses() -> None:
     model, _ = make(dropout=0.0)
     ids = torch.arange(16).view(2, 8)

@@ -1,5 +1,6 @@
 """The script on a small real text: it trains, resumes bit for bit, refuses what it must."""
 
+import copy
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_llm
 from llm_training.argument_parsing import read_arguments
+from llm_training.outputs import OutputFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 Train = Callable[..., int]
@@ -224,12 +226,74 @@ def test_the_curve_is_the_same_however_a_step_is_split(
     same = {"dropout": 0.0, "max_steps": None, "num_train_epochs": 0.0085}
     train(output_dir=str(tmp_path / "one"), **same)
     train(output_dir=str(tmp_path / "other"), **same, **split)
+    last = [line for line in read_log(tmp_path / "one") if "train/epoch" in line][-1]
+    assert last["train/epoch"] == pytest.approx(0.0085, rel=0.02)  # not that of full steps, 0.0088
     pairs = zip(read_log(tmp_path / "one"), read_log(tmp_path / "other"), strict=True)
     for one, other in pairs:
         for name in ("train/loss", "train/grad_norm", "train/learning_rate", "eval/loss"):
             assert (name in one) == (name in other)
             assert one.get(name, 0) == pytest.approx(other.get(name, 0), rel=1e-5)
         assert one.get("train/tokens") == other.get("train/tokens")
+
+
+def plain_loop(run: train_llm.Run, rates: list[float], max_norm: float) -> list[tuple]:
+    """(loss, gradient norm) of each step of the plainest loop: one batch, the mean loss, AdamW."""
+    model = copy.deepcopy(run.network)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for n, p in model.named_parameters() if is_matrix(n)]},
+            {
+                "params": [p for n, p in model.named_parameters() if not is_matrix(n)],
+                "weight_decay": 0.0,
+            },
+        ],
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+    )
+    curve = []
+    for step, rate in enumerate(rates):
+        ids = torch.cat([batch["input_ids"] for batch in run.windows.window(step * 4)])
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        curve.append((float(loss.detach()), float(norm)))
+    return curve
+
+
+def is_matrix(name: str) -> bool:
+    return ".c_" in name and name.endswith("weight")
+
+
+def test_the_loop_is_a_plain_loop_with_the_rates_of_the_schedule(
+    settings: dict, train: Train, tmp_path: Path
+) -> None:
+    changes = {
+        "dropout": 0.0, "eval_steps": None, "logging_steps": 1, "max_grad_norm": 0.5,
+        "lr_scheduler_type": "linear", "min_lr_ratio": 0.0, "max_steps": 10,
+    }  # fmt: skip
+    train(output_dir=str(tmp_path / "ours"), **changes)
+    train(output_dir=str(tmp_path / "sparse"), **changes | {"logging_steps": 4})
+    # The same parts once more, before their first step.
+    reset_accelerate()
+    (tmp_path / "plain.json").write_text(json.dumps(settings | changes))
+    run = train_llm.build_run(
+        read_arguments([str(tmp_path / "plain.json")]), OutputFolder(tmp_path / "plain")
+    )
+    rates = [1e-3, 2e-3, *(3e-3 * (8 - k) / 8 for k in range(8))]
+    expected = plain_loop(run, rates, max_norm=0.5)
+
+    log = read_log(tmp_path / "ours")
+    assert [line["train/learning_rate"] for line in log] == pytest.approx(rates, rel=1e-12)
+    for line, (loss, norm) in zip(log, expected, strict=True):
+        assert line["train/loss"] == pytest.approx(loss, rel=1e-5)
+        assert line["train/grad_norm"] == pytest.approx(norm, rel=1e-4)
+    means = [np.mean([loss for loss, _ in expected[i : i + 4]]) for i in (0, 4, 8)]
+    sparse = [line["train/loss"] for line in read_log(tmp_path / "sparse")]
+    assert sparse == pytest.approx(means, rel=1e-5)
 
 
 def test_early_stopping_counts_on_over_a_resume(
