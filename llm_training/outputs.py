@@ -3,6 +3,7 @@
 - `arguments.json`: every argument of the run, readable again as an argument file
 - `provenance.json`: data, sizes, hardware, versions and revision that it ran with
 - `train_log.jsonl`: one object a line: step, train/loss, ...
+- `mlflow_run_id.txt`: the MLflow run that a resumed run continues, where MLflow is in use
 - `checkpoints/`: `step-00000200`, `last`, `best`
 - `final/`: the finished model, a plain Hugging Face folder
 - `result.json`: how the run ended; its presence means that it did
