@@ -13,7 +13,7 @@ FOR_TESTS := $(VENV)/requirements-dev.installed
 export PYTHONPATH := $(CURDIR)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check format bench docs review clean
+.PHONY: help quickstart test check format bench equivalence docs review clean
 
 help:  ## List these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -38,6 +38,9 @@ bench: $(FOR_RUNS)  ## Measure what the README claims
 		echo "== $$script"; \
 		$(VENV_PYTHON) "$$script"; \
 	done
+
+equivalence: $(FOR_RUNS)  ## Train under every backend, print how far the curves differ (4 minutes)
+	@$(VENV_PYTHON) benchmarks/equivalence.py
 
 docs: $(FOR_RUNS)  ## Rewrite the README's table of arguments
 	@$(VENV_PYTHON) docs/make_argument_table.py

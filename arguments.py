@@ -182,6 +182,11 @@ class CheckpointArguments:
         "auto: continue from the newest checkpoint in output_dir, if there is one; none: refuse a"
         " folder that has one; or the path of a checkpoint.",
     )
+    reset_optimizer: bool = arg(
+        False,
+        "Continue with the checkpoint's weights and position but a new optimizer, where its state"
+        " cannot be read.",
+    )
 
 
 @dataclass
@@ -257,6 +262,9 @@ class RunArguments:
     device: Literal["auto", "cpu", "cuda", "mps"] = arg("auto", "Where it is computed.")
     num_threads: int | None = arg(
         None, "CPU threads of each process; null: the machine's cores shared by its processes."
+    )
+    ddp_timeout: int = arg(
+        1800, "Seconds that a process waits for the others in one exchange before the run ends."
     )
 
 

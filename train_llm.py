@@ -20,6 +20,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,21 +38,21 @@ from llm_training.checkpointing import (
 from llm_training.data import DataError, PreparedData, prepare_data
 from llm_training.data.dataset import Batch, TokenRows, TrainingWindows, validation_rows
 from llm_training.evaluation import evaluate
-from llm_training.export import export_model
+from llm_training.export import ExportError, export_model
 from llm_training.generation import generate_sample
 from llm_training.health import NonFiniteError, require_finite
 from llm_training.launch import (
     LaunchError,
-    agree_on_seed,
     build_accelerator,
     seed_everything,
-    sum_over_ranks,
 )
+from llm_training.launch_settings import read_launch_settings
 from llm_training.losses import count_predicted_tokens
 from llm_training.modeling import (
     CausalLMWithLoss,
     ModelError,
     build_model,
+    check_row_split,
     fit_config,
     load_config,
     model_fingerprint,
@@ -59,6 +60,22 @@ from llm_training.modeling import (
 from llm_training.optim import build_optimizer, set_learning_rate
 from llm_training.outputs import OutputError, OutputFolder
 from llm_training.planning import Plan, PlanError, make_plan
+from llm_training.ranks import (
+    RankError,
+    agree_on_seed,
+    backward_options,
+    data_parallel,
+    explain_broken_exchange,
+    find_shared_folder,
+    gradient_factor,
+    leave,
+    limit_waiting,
+    local_main_first,
+    split_positions,
+    sum_over_data,
+    sum_over_ranks,
+    tensor_parallel_size,
+)
 from llm_training.reporting import (
     model_line,
     provenance,
@@ -79,11 +96,13 @@ from llm_training.tracking import (
 EXPECTED_ERRORS = (
     CheckpointError,
     DataError,
+    ExportError,
     LaunchError,
     ModelError,
     NonFiniteError,
     OutputError,
     PlanError,
+    RankError,
     TrackingError,
 )
 
@@ -123,6 +142,12 @@ def main(arguments: Arguments) -> int:
     except EXPECTED_ERRORS as error:
         print(f"train_llm.py: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        explanation = explain_broken_exchange(error)
+        if explanation is None:
+            raise
+        print(f"train_llm.py: {explanation}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("train_llm.py: interrupted; the same command continues the run.", file=sys.stderr)
         return 130
@@ -158,10 +183,9 @@ def is_finished(output: OutputFolder, arguments: Arguments) -> bool:
 
 def build_run(arguments: Arguments, output: OutputFolder) -> Run:
     """Everything the loop needs; what may be wrong is met before anything is written."""
-    batch = resolve_batch_sizes(arguments, int(os.environ.get("WORLD_SIZE", "1")))
-    accelerator = build_accelerator(
-        arguments, accumulation=batch.accumulation, processes=batch.processes
-    )
+    launch = read_launch_settings()
+    batch = resolve_batch_sizes(arguments, launch.data_parallel_size)
+    accelerator = build_accelerator(arguments, launch, batch=batch)
     checkpoint = open_output(arguments, accelerator, output)
     data, config, block_size = build_data(arguments, accelerator)
     if data.train is None:
@@ -172,8 +196,9 @@ def build_run(arguments: Arguments, output: OutputFolder) -> Run:
 
     drawn_seed = checkpoint.read_state().seed if checkpoint else None
     seed = agree_on_seed(drawn_seed if arguments.seed is None else arguments.seed)
-    seed_everything(seed, each_rank_its_own=False)
-    network = CausalLMWithLoss(build_model(config, arguments))
+    seed_everything(seed)
+    network = CausalLMWithLoss(build_model(config, arguments, tp_size=launch.tp_size))
+    check_row_split(network.model, block_size, launch.cp_size)
     optimizer = build_optimizer(network, arguments, accelerator.device.type)
     facts = provenance(accelerator, data, network)
     checkpoints = CheckpointFolder(
@@ -192,6 +217,7 @@ def build_run(arguments: Arguments, output: OutputFolder) -> Run:
     accelerator.print("\n".join(lines), flush=True)
 
     model, optimizer = accelerator.prepare(network, optimizer)
+    limit_waiting(arguments.ddp_timeout)
     tracking = Tracking(
         accelerator,
         arguments,
@@ -226,6 +252,7 @@ def open_output(
     if accelerator.is_main_process:
         output.claim(start_anew=arguments.resume_from_checkpoint == "none")
     accelerator.wait_for_everyone()
+    find_shared_folder(accelerator, output.path)
     checkpoint, passed_over = find_checkpoint(output.checkpoints, arguments.resume_from_checkpoint)
     for line in passed_over:
         accelerator.print(line)
@@ -236,10 +263,12 @@ def build_data(
     arguments: Arguments, accelerator: Accelerator
 ) -> tuple[PreparedData, PretrainedConfig, int]:
     """The tokenized data, the model's configuration fitted to it, and the tokens in a row."""
-    with accelerator.local_main_process_first():  # the others find the files it has made
-        data = prepare_data(
-            arguments, tokenizer_source=arguments.model_name_or_path, say=accelerator.print
-        )
+
+    def prepare() -> PreparedData:
+        source = arguments.model_name_or_path
+        return prepare_data(arguments, tokenizer_source=source, say=accelerator.print)
+
+    data = local_main_first(accelerator, prepare)
     config = load_config(arguments, data.tokenizer)
     block_size = fit_config(config, arguments, data.vocab_size, arguments.block_size)
     return data, config, block_size
@@ -249,14 +278,15 @@ def build_windows(
     accelerator: Accelerator, plan: Plan, rows: TokenRows, seed: int
 ) -> TrainingWindows:
     """This rank's share of every step."""
+    rank, num_ranks = data_parallel(accelerator)
     return TrainingWindows(
         rows=rows,
         seed=seed,
         num_samples=plan.num_samples,
         micro_batch_size=plan.batch.per_device,
         num_micro_batches=plan.batch.accumulation,
-        rank=accelerator.process_index,
-        num_ranks=accelerator.num_processes,
+        rank=rank,
+        num_ranks=num_ranks,
     )
 
 
@@ -283,10 +313,16 @@ def resume(run: Run) -> None:
     """
     if run.accelerator.is_main_process:
         run.output.write_opening(run.arguments, run.facts)
-    seed_everything(run.state.seed, each_rank_its_own=True)
+    rank = run.accelerator.process_index // tensor_parallel_size(run.accelerator)
+    seed_everything(run.state.seed, rank=rank)
     if run.checkpoint:
         run.checkpoints.set_aside_newer(run.checkpoint)
-        run.checkpoints.load(run.checkpoint)
+        reset = run.arguments.reset_optimizer
+        lines = run.checkpoints.load(
+            run.checkpoint, run.model, run.optimizer, reset_optimizer=reset
+        )
+        for line in lines:
+            run.tracking.say(line)
 
 
 # ------------------------------------------------------------------------------------------- loop
@@ -320,6 +356,8 @@ def train(run: Run) -> None:
         if is_due(state.step, arguments.eval_steps) or is_last:
             is_best = evaluate_and_log(run) and arguments.save_best
             is_last = is_last or is_stopped_early(run)
+        if is_best:
+            export(run, run.output.best)
         if is_due(state.step, arguments.save_steps) or is_last or is_best:
             with run.meter.paused():
                 run.checkpoints.save(state, is_best=is_best)
@@ -336,24 +374,23 @@ def optimizer_step(run: Run, window: list[Batch], num_tokens: int) -> tuple[floa
         The summed loss in nats over all ranks, and the gradient norm before clipping.
     """
     accelerator, state = run.accelerator, run.state
-    factor = accelerator.num_processes * len(window) / max(1, num_tokens)
-    parameters = list(run.model.parameters())
+    factor = gradient_factor(accelerator, len(window)) / max(1, num_tokens)
     loss_sum = torch.zeros((), device=accelerator.device)
     grad_norm = math.nan
     for micro_batch in window:
-        with accelerator.accumulate(run.model):
-            batch = {name: tensor.to(accelerator.device) for name, tensor in micro_batch.items()}
-            loss, _ = run.model(**batch)
+        batch = {name: tensor.to(accelerator.device) for name, tensor in micro_batch.items()}
+        with accelerator.accumulate(run.model), split_positions(accelerator, batch) as share:
+            loss, _ = run.model(**share)
             loss_sum += loss.detach()
             if accelerator.sync_gradients:
                 # Before the backward pass: some backends update the weights inside it.
                 (total_loss,) = sum_over_ranks(accelerator, float(loss_sum))
                 require_finite("loss", total_loss, state.step, state.samples)
-            accelerator.backward(loss * factor)
+            accelerator.backward(loss * factor, **backward_options(accelerator))
             if accelerator.sync_gradients:
                 # Without a limit the norm is still measured.
                 limit = run.arguments.max_grad_norm or math.inf
-                grad_norm = float(accelerator.clip_grad_norm_(parameters, limit))
+                grad_norm = float(accelerator.clip_grad_norm_(run.model.parameters(), limit))
                 if accelerator.scaler is None:  # fp16's scaler skips steps that overflow by itself
                     require_finite("gradient norm", grad_norm, state.step, state.samples)
             run.optimizer.step()
@@ -364,7 +401,7 @@ def optimizer_step(run: Run, window: list[Batch], num_tokens: int) -> tuple[floa
 def count_window_tokens(run: Run, window: list[Batch]) -> int:
     """Predicted tokens of the window over all ranks."""
     tokens = sum(int(count_predicted_tokens(batch["labels"])) for batch in window)
-    return int(sum_over_ranks(run.accelerator, tokens)[0])
+    return int(sum_over_data(run.accelerator, tokens)[0])
 
 
 def is_due(step: int, interval: int | None) -> bool:
@@ -430,7 +467,7 @@ def tracked(run: Run) -> Iterator[None]:
 def finish(run: Run) -> None:
     """Exports the model, lets it speak, and says how the run ended."""
     accelerator, state = run.accelerator, run.state
-    export_model(accelerator, run.model, run.network, run.tokenizer, run.output.final)
+    exported = export(run, run.output.final)
     result = {
         "step": state.step,
         "stopped_early": state.step < run.plan.total_steps,
@@ -439,7 +476,7 @@ def finish(run: Run) -> None:
         "last_loss": state.last_loss,
         "best_loss": state.best_loss,
         "best_step": state.best_step,
-        "sample": final_sample(run),
+        "sample": final_sample(run, exported),
         "model": str(run.output.final),
         "review": run.tracking.review_hint(),
     }
@@ -448,13 +485,22 @@ def finish(run: Run) -> None:
     accelerator.print("\n".join(summary_lines(result)), flush=True)
 
 
-def final_sample(run: Run) -> str | None:
-    """What the trained model makes of the prompt, where one is given."""
-    if run.tokenizer is None or run.arguments.sample_prompt is None:
+def export(run: Run, folder: Path) -> PreTrainedModel | None:
+    """Writes the model as it is now; returns it opened again on rank 0, memory permitting."""
+    with run.meter.paused():
+        return export_model(run.accelerator, run.model, run.network, run.tokenizer, folder)
+
+
+def final_sample(run: Run, exported: PreTrainedModel | None) -> str | None:
+    """What the exported model makes of the prompt, where one is given; None on other ranks.
+
+    The live one cannot speak alone on rank 0: its weights may lie on all of them.
+    """
+    if run.tokenizer is None or run.arguments.sample_prompt is None or exported is None:
         return None
     with run.accelerator.autocast():
         return generate_sample(
-            run.network,
+            exported,
             run.tokenizer,
             run.arguments.sample_prompt,
             max_new_tokens=run.arguments.sample_max_new_tokens,
@@ -465,22 +511,26 @@ def final_sample(run: Run) -> str | None:
 
 def evaluate_only(arguments: Arguments) -> None:
     """Evaluates once: the run's checkpoint where there is one, else the model as it is given."""
-    batch = resolve_batch_sizes(arguments, int(os.environ.get("WORLD_SIZE", "1")))
-    accelerator = build_accelerator(arguments, accumulation=1, processes=batch.processes)
+    launch = read_launch_settings()
+    batch = resolve_batch_sizes(arguments, launch.data_parallel_size)
+    accelerator = build_accelerator(arguments, launch, batch=batch)
     output = OutputFolder(str(arguments.output_dir))
     checkpoint, passed_over = find_checkpoint(output.checkpoints, arguments.resume_from_checkpoint)
     data, config, block_size = build_data(arguments, accelerator)
     validation = validation_rows(data.validation, block_size)
     if validation is None:
         raise DataError("There is no validation data: give --validation_file.")
-    seed_everything(agree_on_seed(arguments.seed), each_rank_its_own=False)
-    network = CausalLMWithLoss(build_model(config, arguments))
+    seed_everything(agree_on_seed(arguments.seed))
+    network = CausalLMWithLoss(build_model(config, arguments, tp_size=launch.tp_size))
+    check_row_split(network.model, block_size, launch.cp_size)
     identity = {"model": model_fingerprint(network)}
-    model = accelerator.prepare(network)
+    # FSDP2 shards a model together with its optimizer; nothing is stepped here.
+    optimizer = build_optimizer(network, arguments, accelerator.device.type)
+    model, _ = accelerator.prepare(network, optimizer)
     if checkpoint:
         checkpoints = CheckpointFolder(accelerator, output.checkpoints, None, identity)
         checkpoints.check(checkpoint)
-        checkpoints.load(checkpoint)
+        checkpoints.load(checkpoint, model, None)
     source = checkpoint.path if checkpoint else arguments.model_name_or_path or "untrained weights"
     accelerator.print("\n".join([*passed_over, f"Evaluating {source}"]), flush=True)
     metrics = evaluate(accelerator, model, validation, arguments, batch)
@@ -488,4 +538,4 @@ def evaluate_only(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(ARGUMENTS))
+    leave(main(ARGUMENTS))

@@ -1,4 +1,4 @@
-"""What is wrong with arguments: alone, with each other, with the disk and with the machine.
+"""What is wrong with arguments: alone, with each other, the disk, the machine and the launch.
 
 Nothing here imports more than the standard library, so the report comes at once.
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from arguments import KINDS, Arguments, batch_problems
+from llm_training.launch_settings import LaunchSettings, launch_problems
 
 # What a value must be, its test, and the arguments it holds for; null passes where it is allowed.
 RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
@@ -28,7 +29,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "max_steps lr_decay_steps save_steps save_total_limit logging_steps num_threads"
         " per_device_train_batch_size gradient_accumulation_steps global_batch_size"
         " eval_steps eval_max_batches per_device_eval_batch_size early_stopping_patience"
-        " sample_max_new_tokens",
+        " sample_max_new_tokens ddp_timeout",
     ),
     ("2 or more", lambda x: x >= 2, "block_size"),
     ("257 or more, for 256 bytes and a special token", lambda x: x >= 257, "vocab_size"),
@@ -39,8 +40,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 )
 
 
-def find_problems(arguments: Arguments, num_processes: int) -> list[str]:
-    """Values out of their range, and values at odds with each other, the disk or the machine.
+def find_problems(arguments: Arguments, launch: LaunchSettings) -> list[str]:
+    """Values out of range, and values at odds with each other, the disk, the machine, the launch.
 
     Their types must be right; `read_arguments` sees to it. Nothing is changed or raised.
     """
@@ -50,10 +51,11 @@ def find_problems(arguments: Arguments, num_processes: int) -> list[str]:
         *_data_problems(arguments),
         *_path_problems(arguments),
         *_folder_problems(arguments),
-        *batch_problems(arguments, num_processes),
+        *batch_problems(arguments, launch.data_parallel_size),
         *_schedule_problems(arguments),
         *_evaluation_problems(arguments),
         *_machine_problems(arguments),
+        *launch_problems(arguments, launch),
     )
     doubtful = names_in(*out_of_range)
     return out_of_range + [text for text in rules if not names_in(text) & doubtful]
@@ -111,6 +113,9 @@ def _path_problems(arguments: Arguments) -> Iterator[str]:
     checkpoint = arguments.resume_from_checkpoint
     if checkpoint not in ("auto", "none") and not os.path.isdir(checkpoint):
         yield f"resume_from_checkpoint={checkpoint} is no folder: give one, or auto or none"
+    if arguments.reset_optimizer and checkpoint == "none":
+        both = "reset_optimizer=true and resume_from_checkpoint=none"
+        yield f"{both} exclude each other: name the checkpoint to continue from, or drop the first"
 
 
 def _missing(name: str, path: str) -> str:

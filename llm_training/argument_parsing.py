@@ -1,9 +1,10 @@
 """Arguments from files and flags, with everything that is wrong with them in one report.
 
 Reading takes three steps: files and flags become values, each converted by the type hint of its
-field (`_convert`); the values are held against their ranges, each other, the disk and the machine
-(`find_problems`); what was left open is derived (`_derived`). Only then is `HfArgumentParser`
-imported, which makes the objects: `--help` and mistakes need the standard library alone.
+field (`_convert`); the values are held against their ranges, each other, the disk, the machine and
+the launch (`find_problems`); what was left open is derived (`_derived`). Only then is
+`HfArgumentParser` imported, which makes the objects: `--help` and mistakes need the standard
+library alone.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 
 from arguments import GROUPS, KINDS, Arguments, Kind, describe, resolve_batch_sizes
 from llm_training.argument_checks import find_problems, names_in, shown
+from llm_training.launch_settings import LaunchSettings, read_launch_settings
 
 USAGE = """\
 python train_llm.py [FILE.json ...] [--name value ...]
@@ -81,7 +83,8 @@ def read_arguments(argv: Sequence[str], num_processes: int | None = None) -> Arg
 
     Args:
         argv: argument files, of which later ones win, then flags, which win over all files.
-        num_processes: processes that train together; None: the environment's WORLD_SIZE, or 1.
+        num_processes: processes that train together, on different rows; None: as this process was
+            started, and what the launcher says is checked too.
 
     Returns:
         The arguments with run_name, output_dir and the three batch sizes resolved.
@@ -89,7 +92,9 @@ def read_arguments(argv: Sequence[str], num_processes: int | None = None) -> Arg
     Raises:
         ArgumentProblems: with all that is wrong.
     """
-    num_processes = num_processes or int(os.environ.get("WORLD_SIZE") or 1)
+    launch = LaunchSettings(num_processes=num_processes or 1)
+    if num_processes is None:
+        launch = read_launch_settings()
     paths, flags = _split(argv)
     problems: list[str] = []
     settings: dict[str, Setting] = {}
@@ -104,11 +109,11 @@ def read_arguments(argv: Sequence[str], num_processes: int | None = None) -> Arg
 
     # What has no good value, or may have one in a file that could not be read, is not judged.
     doubtful = names_in(*problems) | (KINDS.keys() - settings.keys() if unread else set())
-    rules = find_problems(arguments, num_processes)
+    rules = find_problems(arguments, launch)
     rules = [_with_origins(text, settings) for text in rules if not names_in(text) & doubtful]
     if problems := unread + problems + rules:
         raise ArgumentProblems(problems)
-    return _build(describe(arguments) | _derived(arguments, paths, num_processes))
+    return _build(describe(arguments) | _derived(arguments, paths, launch.data_parallel_size))
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:

@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there, and the way back from them.
 
-- `checkpoints/step-00000200/`: Accelerate's state, `train_state.json` and `manifest.json`
+- `checkpoints/step-00000200/`: weights, optimizer and random state in the form of the backend,
+  `train_state.json`, and `manifest.json`, which tells that form
 - `checkpoints/last`: a link to the newest
 - `checkpoints/best`: a link to the one with the lowest validation loss
 
@@ -19,18 +20,26 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
 
 from llm_training.durable import flush, flush_tree, point_to, write_json
+from llm_training.model_state import (
+    CheckpointError,
+    StateForm,
+    check_random_state,
+    is_converted,
+    is_same_split,
+    load_model_state,
+    restore_random_state,
+    save_model_state,
+)
 from llm_training.state import TrainState
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TRAIN_STATE = "train_state.json"
 STEP_NAME = re.compile(r"step-(\d{8,})")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -159,20 +168,53 @@ class CheckpointFolder:
         self.accelerator.wait_for_everyone()
         return path
 
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Puts weights, optimizer, and random state back; nothing may draw random numbers after it.
+    def load(
+        self,
+        checkpoint: Checkpoint,
+        model: nn.Module,
+        optimizer: AcceleratedOptimizer | None,
+        *,
+        reset_optimizer: bool = False,
+    ) -> list[str]:
+        """Puts weights, optimizer and random state back, whatever backend wrote them.
+
+        Every rank must call this, and nothing may draw random numbers after it. The same backend
+        on the same number of processes goes on bit for bit. Others go on from the same weights and
+        optimizer state; where the processes do not stand for the same shares of the work, each is
+        seeded anew. Rates, decay and the like stay those of this run.
+
+        Args:
+            model: the prepared `CausalLMWithLoss`.
+            optimizer: prepared with it; None: only weights are read, as an evaluation needs them.
+            reset_optimizer: keep the new optimizer; the checkpoint's is not read.
+
+        Returns:
+            Lines for a person on what is not as it was; none where all is.
 
         Raises:
-            CheckpointError: it lacks the random state of this rank.
+            CheckpointError: something is missing, damaged, or cannot be carried over; on every
+                rank.
         """
-        random_state = f"random_states_{self.accelerator.process_index}.pkl"
-        if not (checkpoint.path / random_state).is_file():
-            raise CheckpointError(
-                f"{checkpoint.path} has no {random_state}: it was written by"
-                f" {checkpoint.manifest['num_processes']} processes, this run has"
-                f" {self.accelerator.num_processes}. Continue it with as many."
+        there = StateForm.of_manifest(checkpoint.manifest)
+        here = StateForm.of_run(self.accelerator)
+        if optimizer is not None:
+            check_random_state(self.accelerator, checkpoint.path, there, here)
+        load_model_state(
+            self.accelerator,
+            checkpoint.path,
+            there,
+            here,
+            model,
+            None if reset_optimizer else optimizer,
+            scratch=self.folder,
+        )
+        self.accelerator.step = 0  # a checkpoint lies between two windows
+        if optimizer is not None:
+            seed = checkpoint.read_state().seed
+            restore_random_state(
+                self.accelerator, checkpoint.path, there, here, seed=seed, step=checkpoint.step
             )
-        self.accelerator.load_state(str(checkpoint.path))
+        return _load_lines(there, here, optimizer is not None, reset_optimizer)
 
     def check(self, checkpoint: Checkpoint, total_steps: int | None = None) -> None:
         """Makes sure that `checkpoint` is one of this run.
@@ -216,16 +258,16 @@ class CheckpointFolder:
                 shutil.rmtree(leftover)
             unfinished.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(unfinished))
+        form = save_model_state(self.accelerator, unfinished)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             state.save(unfinished / TRAIN_STATE)
-            self._write_manifest(unfinished, state)
+            self._write_manifest(unfinished, state, form)
             flush_tree(unfinished)
             os.replace(unfinished, path)
             flush(self.folder)
 
-    def _write_manifest(self, folder: Path, state: TrainState) -> None:
+    def _write_manifest(self, folder: Path, state: TrainState, form: dict[str, Any]) -> None:
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -233,6 +275,7 @@ class CheckpointFolder:
             "samples": state.samples,
             "identity": self.identity,
             "num_processes": self.accelerator.num_processes,
+            "model_state": form,
             "run": self.about,
             "files": {str(p.relative_to(folder)): p.stat().st_size for p in files},
         }
@@ -248,3 +291,19 @@ class CheckpointFolder:
                 # Without its manifest, what a crash leaves behind is not taken for whole.
                 (path / MANIFEST).unlink()
                 shutil.rmtree(path)
+
+
+def _load_lines(
+    there: StateForm, here: StateForm, is_training: bool, reset_optimizer: bool
+) -> list[str]:
+    """What a person should know of a load that was not the plain way back."""
+    lines = []
+    converted, moved = is_converted(there, here), not is_same_split(there, here)
+    if converted or (moved and is_training):
+        what = "weights and optimizer" if is_training and not reset_optimizer else "weights"
+        masks = "; dropout masks differ from there on" if moved and is_training else ""
+        how = "converted" if converted else "as they were"
+        lines.append(f"Continued from {there} on {here}: {what} {how}{masks}")
+    if reset_optimizer:
+        lines.append("The optimizer starts anew (--reset_optimizer); its state was not read")
+    return lines

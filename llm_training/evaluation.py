@@ -11,8 +11,8 @@ from torch import nn
 
 from arguments import BatchSizes, EvaluationArguments
 from llm_training.data.dataset import TokenRows, evaluation_batches
-from llm_training.launch import sum_over_ranks
 from llm_training.losses import count_predicted_tokens
+from llm_training.ranks import data_parallel, split_positions, sum_over_data, sum_over_ranks
 
 
 @torch.no_grad()
@@ -37,24 +37,26 @@ def evaluate(
         (how many were predicted), and `eval/<name>` for each metric.
     """
     limit = arguments.eval_max_batches
+    rank, num_ranks = data_parallel(accelerator)
     batches = evaluation_batches(
         rows,
         arguments.per_device_eval_batch_size or batch_sizes.per_device,
-        rank=accelerator.process_index,
-        num_ranks=accelerator.num_processes,
+        rank=rank,
+        num_ranks=num_ranks,
         max_rows=None if limit is None else limit * batch_sizes.global_batch,
     )
     model.eval()
-    loss, tokens, correct = 0.0, 0, 0
+    loss, tokens, correct = 0.0, 0, 0.0
     for batch in batches:
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-        batch_loss, batch_correct = model(**batch, count_correct=bool(arguments.eval_metrics))
+        with split_positions(accelerator, batch) as share:
+            batch_loss, batch_correct = model(**share, count_correct=bool(arguments.eval_metrics))
         loss += float(batch_loss)
         tokens += int(count_predicted_tokens(batch["labels"]))
         correct += 0 if batch_correct is None else int(batch_correct)
     model.train()
-    sums = sum_over_ranks(accelerator, loss, tokens, correct)
-    loss, tokens, correct = sums[0], int(sums[1]), int(sums[2])
+    loss, correct = sum_over_ranks(accelerator, loss, correct)
+    tokens = int(sum_over_data(accelerator, tokens)[0])
     mean_loss = loss / max(1, tokens)
     results: dict[str, float] = {
         "eval/loss": mean_loss,
@@ -62,7 +64,7 @@ def evaluate(
         "eval/perplexity": math.exp(mean_loss) if mean_loss < 700 else math.inf,
         "eval/tokens": tokens,
     }
-    return results | _compute_metrics(arguments.eval_metrics, correct, tokens)
+    return results | _compute_metrics(arguments.eval_metrics, int(correct), tokens)
 
 
 def _compute_metrics(names: Sequence[str], correct: int, tokens: int) -> dict[str, float]:

@@ -5,58 +5,135 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import secrets
+import warnings
+from datetime import timedelta
 
 import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import (
+    DistributedType,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
     TorchDynamoPlugin,
-    broadcast_object_list,
     set_seed,
 )
 
-from arguments import Arguments
+from arguments import Arguments, BatchSizes
+from llm_training.cpu_backends import start_gloo
+from llm_training.launch_settings import LaunchSettings, precision_conflict
 
 
 class LaunchError(ValueError):
     """The device, the precision or the launch does not fit the machine."""
 
 
-def build_accelerator(arguments: Arguments, *, accumulation: int, processes: int) -> Accelerator:
-    """The Accelerator of this run.
-
-    Args:
-        accumulation: micro-batches in the window of one rank.
-        processes: world size that the batch sizes were derived for.
+def build_accelerator(
+    arguments: Arguments, launch: LaunchSettings, *, batch: BatchSizes
+) -> Accelerator:
+    """The Accelerator of this run, with the backend that the launcher asked for.
 
     Raises:
-        LaunchError: the device is not there, cannot compute the precision, or another number of
-            processes runs than was asked for.
+        LaunchError: the device is not there, cannot compute the precision, or Accelerate would
+            run something else than was asked for.
     """
     quiet_libraries()
-    device_type = find_device_type(arguments.device)
+    device_type = find_device_type(arguments.device, launch)
     precision = choose_precision(arguments.mixed_precision, device_type)
+    if conflict := precision_conflict({"no": "fp32"}.get(precision, precision), launch):
+        raise LaunchError(f"{conflict} (mixed_precision={arguments.mixed_precision}).")
     if device_type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where imported, need not guess
         set_threads(arguments.num_threads)
     if arguments.seed is not None:
         make_deterministic(device_type)
-    accelerator = Accelerator(
-        cpu=device_type == "cpu",
-        mixed_precision=precision,
-        # The windows are ours: without this, the end of a loader would force extra steps.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=accumulation, sync_with_dataloader=False
-        ),
-        dynamo_plugin=TorchDynamoPlugin(
-            backend="inductor" if arguments.torch_compile else "no", use_regional_compilation=True
-        ),
-    )
-    if accelerator.num_processes != processes:
+    check_combination(launch)
+    timeout = timedelta(seconds=arguments.ddp_timeout)
+    backend = "tensor_parallel" if launch.tp_size > 1 else launch.backend
+    is_sharded = backend in ("fsdp", "deepspeed", "tensor_parallel")
+    if device_type == "cpu" and is_sharded:
+        start_gloo(backend, timeout)
+    try:
+        accelerator = Accelerator(
+            cpu=device_type == "cpu" and backend != "deepspeed",
+            mixed_precision=precision,
+            # The windows are ours: without this, the end of a loader would force extra steps.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=batch.accumulation, sync_with_dataloader=False
+            ),
+            dynamo_plugin=TorchDynamoPlugin(
+                backend="inductor" if arguments.torch_compile else "no",
+                use_regional_compilation=True,
+            ),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+        )
+    except (ValueError, ImportError, NotImplementedError) as error:
         raise LaunchError(
-            f"{processes} processes were started (WORLD_SIZE), but Accelerate runs"
+            f"Accelerate refuses {launch.config_file or 'this launch'}: {error}"
+        ) from error
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        fill_deepspeed_config(accelerator, arguments, batch)
+    check_launch(accelerator, arguments, launch, device_type)
+    return accelerator
+
+
+def check_combination(launch: LaunchSettings) -> None:
+    """Refuses what Accelerate cannot combine.
+
+    Raises:
+        LaunchError: tensor parallelism with anything beside it, or rows split without FSDP2.
+    """
+    place = launch.config_file or "The launcher"
+    if launch.tp_size > 1 and launch.backend == "fsdp":
+        raise LaunchError(
+            f"{place} asks for FSDP2 with parallelism_config_tp_size {launch.tp_size}. Accelerate"
+            " 1.15 needs transformers.integrations.tensor_parallel.ReplicateParallel for it, which"
+            " transformers 5.5 and later do not have. Use fsdp.yaml or tp.yaml alone."
+        )
+    if launch.tp_size > 1 and (launch.cp_size > 1 or launch.num_processes != launch.tp_size):
+        raise LaunchError(
+            f"{place} asks for parallelism_config_tp_size {launch.tp_size} and"
+            f" parallelism_config_cp_size {launch.cp_size} with {launch.num_processes} processes."
+            " Accelerate runs tensor parallelism alone: give as many processes as its size, and"
+            " cp_size 1."
+        )
+    if launch.cp_size > 1 and launch.backend != "fsdp":
+        raise LaunchError(
+            f"{place} asks for parallelism_config_cp_size {launch.cp_size} with {launch.backend}."
+            " Accelerate splits rows only together with FSDP2: start from"
+            " accelerate_configs/cp.yaml."
+        )
+
+
+def fill_deepspeed_config(
+    accelerator: Accelerator, arguments: Arguments, batch: BatchSizes
+) -> None:
+    """Writes our values where the DeepSpeed file says `auto` or nothing.
+
+    DeepSpeed clips and divides by its own values and ignores what the loop says.
+    """
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    ours = {
+        "train_micro_batch_size_per_gpu": batch.per_device,
+        "gradient_accumulation_steps": batch.accumulation,
+        "train_batch_size": batch.global_batch,
+        "gradient_clipping": arguments.max_grad_norm or 0.0,
+    }
+    for name, value in ours.items():
+        config[name] = value
+
+
+def check_launch(
+    accelerator: Accelerator, arguments: Arguments, launch: LaunchSettings, device_type: str
+) -> None:
+    """Makes sure that what runs is what was asked for; Accelerate falls back without a word.
+
+    Raises:
+        LaunchError: another number of processes, another device or another backend.
+    """
+    if accelerator.num_processes != launch.num_processes:
+        raise LaunchError(
+            f"{launch.num_processes} processes were started (WORLD_SIZE), but Accelerate runs"
             f" {accelerator.num_processes}. Check distributed_type and num_processes in the file"
             " given to accelerate launch."
         )
@@ -65,24 +142,32 @@ def build_accelerator(arguments: Arguments, *, accumulation: int, processes: int
             f"--device {arguments.device} means {device_type} here, but Accelerate chose"
             f" {accelerator.device.type}. Give --device {accelerator.device.type}."
         )
-    return accelerator
+    active = {DistributedType.FSDP: "fsdp", DistributedType.DEEPSPEED: "deepspeed"}
+    found = active.get(accelerator.distributed_type, "")
+    if launch.backend in active.values() and found != launch.backend:
+        raise LaunchError(
+            f"{launch.config_file or 'The launcher'} asks for {launch.backend}, but Accelerate runs"
+            f" {accelerator.distributed_type.value}. Check distributed_type in that file."
+        )
 
 
 def quiet_libraries() -> None:
     """Keeps what other packages say of their own inner life off the console."""
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # tied weights, each save
     transformers.logging.disable_progress_bar()
+    # Sharding backends call torch's exchanges by their old names, once a step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Rows are full, or padded at their end only and masked by their labels: no mask is needed.
     logging.getLogger("transformers.modeling_utils").addFilter(
         lambda record: "attention_mask" not in record.getMessage()
     )
 
 
-def find_device_type(device: str) -> str:
+def find_device_type(device: str, launch: LaunchSettings) -> str:
     """The device type that `--device` stands for on this machine.
 
     Raises:
-        LaunchError: it is not there.
+        LaunchError: it is not there, or several processes would share the CPU unasked.
     """
     found = {
         "cuda": torch.cuda.is_available(),
@@ -90,10 +175,16 @@ def find_device_type(device: str) -> str:
         "cpu": True,
     }
     if device == "auto":
-        # Accelerate's environment switch, set by `use_cpu: true` in its configuration file.
-        if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        if launch.use_cpu:
             return "cpu"
-        return next(name for name, is_there in found.items() if is_there)
+        device = next(name for name, is_there in found.items() if is_there)
+        if device == "cpu" and launch.backend != "single":
+            raise LaunchError(
+                f"This machine has no accelerator that torch {torch.__version__} can use, and"
+                f" {launch.config_file or 'the launcher'} starts {launch.num_processes} processes"
+                f" with {launch.backend}. Give --device cpu to try it out on the CPU, over gloo."
+            )
+        return device
     if not found[device]:
         raise LaunchError(
             f"--device {device}: this machine has none that torch {torch.__version__} can use."
@@ -155,21 +246,6 @@ def make_deterministic(device_type: str) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def agree_on_seed(seed: int | None) -> int:
-    """The seed of the run: the one given, or one that rank 0 draws for all."""
-    if seed is not None:
-        return seed
-    return int(broadcast_object_list([secrets.randbelow(2**32)])[0])
-
-
-def seed_everything(seed: int, *, each_rank_its_own: bool) -> None:
+def seed_everything(seed: int, *, rank: int = 0) -> None:
     """Seeds Python, NumPy and torch: all ranks alike to build weights, apart for dropout."""
-    set_seed(seed, device_specific=each_rank_its_own)
-
-
-def sum_over_ranks(accelerator: Accelerator, *values: float) -> list[float]:
-    """Each value summed over all ranks, in double precision; every rank must call this."""
-    if accelerator.num_processes == 1:
-        return list(values)
-    totals = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
-    return [float(total) for total in accelerator.reduce(totals, "sum")]
+    set_seed(seed + rank)

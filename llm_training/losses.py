@@ -27,29 +27,29 @@ def count_predicted_tokens(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != IGNORE_INDEX).sum()
 
 
-def token_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
+def token_loss_sum(logits: Tensor, next_tokens: Tensor) -> Tensor:
     """Cross-entropy in nats, summed over the predicted tokens.
 
     Args:
         logits: (B, T, V) in any floating type; the loss is computed in float32.
-        labels: (B, T) int64, unshifted.
+        next_tokens: (B, T) int64, labels that `shift_labels` has shifted.
 
     Returns:
         A scalar float32 tensor; 0 where nothing is predicted.
     """
     return F.cross_entropy(
         logits.float().flatten(0, 1),
-        shift_labels(labels).flatten(),
+        next_tokens.flatten(),
         ignore_index=IGNORE_INDEX,
         reduction="sum",
     )
 
 
-def count_correct_tokens(logits: Tensor, labels: Tensor) -> Tensor:
+def count_correct_tokens(logits: Tensor, next_tokens: Tensor) -> Tensor:
     """Number of predicted tokens whose likeliest guess is right: a scalar int64 tensor.
 
     Args:
         logits: (B, T, V).
-        labels: (B, T) int64, unshifted.
+        next_tokens: (B, T) int64, labels that `shift_labels` has shifted.
     """
-    return (logits.argmax(-1) == shift_labels(labels)).sum()
+    return (logits.argmax(-1) == next_tokens).sum()

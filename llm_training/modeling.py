@@ -6,6 +6,8 @@ import difflib
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,10 +19,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed import DistributedConfig
+from transformers.integrations import deepspeed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from arguments import Arguments, ModelArguments
-from llm_training.losses import count_correct_tokens, token_loss_sum
+from llm_training.losses import count_correct_tokens, shift_labels, token_loss_sum
 
 # Probabilities that configurations name in many ways; those of heads we never train stay.
 DROPOUT_FIELD = re.compile(r"^(?!classifier|summary|layer)\w*(dropout|pdrop)(_prob)?$")
@@ -46,22 +50,35 @@ class CausalLMWithLoss(nn.Module):
         self.config = model.config
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, count_correct: bool = False
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        next_tokens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        count_correct: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """The loss of a micro-batch.
 
         Args:
             input_ids: (B, T) int64.
             labels: (B, T) int64, unshifted, -100 where nothing is predicted.
+            next_tokens: (B, T) int64 in place of labels: they are shifted already, as they must be
+                where ranks share the positions of a row.
+            position_ids: (B, T) int64, where `input_ids` are not the beginning of the row.
             count_correct: whether the likeliest guesses are compared with the labels.
 
         Returns:
             The loss in nats summed over the predicted tokens (scalar float32), and how many
-            tokens were guessed right (scalar int64) or None.
+            tokens were guessed right (scalar int64) or None. Without labels the logits (B, T, V),
+            and None.
         """
-        logits = self.model(input_ids=input_ids, use_cache=False).logits
-        correct = count_correct_tokens(logits, labels) if count_correct else None
-        return token_loss_sum(logits, labels), correct
+        logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+        if labels is not None:
+            next_tokens = shift_labels(labels)
+        if next_tokens is None:
+            return logits, None
+        correct = count_correct_tokens(logits, next_tokens) if count_correct else None
+        return token_loss_sum(logits, next_tokens), correct
 
 
 def load_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase | None) -> Any:
@@ -116,13 +133,19 @@ def fit_config(
     return block_size
 
 
-def build_model(config: PretrainedConfig, arguments: Arguments) -> PreTrainedModel:
+def build_model(
+    config: PretrainedConfig, arguments: Arguments, *, tp_size: int = 1
+) -> PreTrainedModel:
     """The model in float32 (the master weights), in training mode.
 
     Call it with the same random seed on every rank: not every backend sends rank 0's weights on.
 
+    Args:
+        tp_size: ranks that hold the model between them, by the plan that its architecture brings.
+
     Raises:
-        ModelError: the weights cannot be loaded, or the attention kernel is not to be had.
+        ModelError: the weights cannot be loaded, the attention kernel is not to be had, or the
+            model cannot be split over `tp_size` ranks.
     """
     kwargs: dict[str, Any] = {"dtype": torch.float32}
     if arguments.attn_implementation is not None:
@@ -130,16 +153,46 @@ def build_model(config: PretrainedConfig, arguments: Arguments) -> PreTrainedMod
     name = arguments.model_name_or_path
     try:
         if name is None:
-            model = AutoModelForCausalLM.from_config(config, **kwargs)
+            with _whole_weights():
+                model = AutoModelForCausalLM.from_config(config, **kwargs)
         else:
             model = AutoModelForCausalLM.from_pretrained(name, config=config, **kwargs)
     except (OSError, ImportError, ValueError) as error:
         source = name or f"a {arguments.model_type} configuration"
         raise ModelError(f"No model could be made from {source}: {error}") from error
+    if tp_size > 1:
+        model = _split_matrices(model, tp_size)
     if arguments.gradient_checkpointing:
         # The reentrant form, and the one that sharding backends bring, lose the dropout masks.
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
+
+
+def check_row_split(model: PreTrainedModel, block_size: int, cp_size: int) -> None:
+    """Makes sure that `cp_size` ranks can share the positions of a row (context parallelism).
+
+    Raises:
+        ModelError: the rows do not divide, or attention is computed in a way that cannot be split.
+    """
+    if cp_size == 1:
+        return
+    if block_size % (2 * cp_size):
+        raise ModelError(
+            f"--block_size {block_size} cannot be shared by {cp_size} ranks: each takes a part from"
+            f" both ends of a row. Give a multiple of {2 * cp_size}."
+        )
+    kernel = model.config._attn_implementation
+    if kernel != "sdpa":
+        raise ModelError(
+            f"--attn_implementation {kernel}: rows shared by {cp_size} ranks need sdpa."
+        )
+    # Accelerate takes away the masks of modules with this name; others would keep theirs.
+    if not any(name.endswith("self_attn") for name, _ in model.named_modules()):
+        raise ModelError(
+            f"Rows cannot be shared by ranks in {model.config.model_type}: Accelerate knows the"
+            " attention of llama, qwen3 and the like. Use one of these, or another file of"
+            " accelerate_configs/."
+        )
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -159,6 +212,39 @@ def model_fingerprint(model: nn.Module) -> str:
     layout = [(name, list(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
     digest = hashlib.sha256(json.dumps(layout).encode()).hexdigest()[:12]
     return f"{sum(p.numel() for p in model.parameters()):,} parameters ({digest})"
+
+
+@contextmanager
+def _whole_weights() -> Iterator[None]:
+    """Keeps DeepSpeed from cutting weights while they are drawn.
+
+    ZeRO-3 would let each rank draw for its own part, and the run would begin from other weights
+    than the same run on one process.
+    """
+    enabled = deepspeed._hf_deepspeed_config_weak_ref
+    config = enabled() if enabled is not None else None
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
+
+
+def _split_matrices(model: PreTrainedModel, tp_size: int) -> PreTrainedModel:
+    """Cuts the weights that the model's own plan names; every rank keeps its part."""
+    if not model.tp_plan:
+        raise ModelError(
+            f"Tensor parallelism over {tp_size} ranks: transformers has no plan for"
+            f" {model.config.model_type}. Use a model that has one (llama, qwen3, mistral, ...), or"
+            " another file of accelerate_configs/."
+        )
+    asked = DistributedConfig(tp_size=tp_size, tp_plan="auto")
+    try:
+        config, _, mesh = model.prepare_distribute_model(asked)
+        return model.maybe_distribute_model(model, config, mesh)
+    except ValueError as error:
+        raise ModelError(f"The model cannot be split over {tp_size} ranks: {error}") from error
 
 
 def _load_existing_config(name: str) -> PretrainedConfig:

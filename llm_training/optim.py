@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from arguments import OptimizationArguments
 
@@ -37,8 +38,10 @@ def build_optimizer(
     """
     decayed, kept = split_by_decay(model)
     groups = [
-        {"params": decayed, "weight_decay": arguments.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
+        # One kernel takes either whole tensors or, in tensor parallelism, parts of them: not both.
+        {"params": [p for p in parameters if isinstance(p, DTensor) == is_part], "weight_decay": w}
+        for parameters, w in ((decayed, arguments.weight_decay), (kept, 0.0))
+        for is_part in (False, True)
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

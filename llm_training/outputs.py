@@ -6,6 +6,7 @@
 - `mlflow_run_id.txt`: the MLflow run that a resumed run continues, where MLflow is in use
 - `checkpoints/`: `step-00000200`, `last`, `best`
 - `final/`: the finished model, a plain Hugging Face folder
+- `best/`: the model with the lowest validation loss, a folder like `final/`
 - `result.json`: how the run ended; its presence means that it did
 """
 
@@ -37,6 +38,7 @@ class OutputFolder:
         self.log = self.path / "train_log.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.final = self.path / "final"
+        self.best = self.path / "best"
         self.result = self.path / "result.json"
 
     def claim(self, *, start_anew: bool) -> None:
@@ -67,7 +69,8 @@ class OutputFolder:
                     " --resume_from_checkpoint auto to go on."
                 )
             return
-        foreign = [p for p in (self.checkpoints, self.final, self.log, self.result) if p.exists()]
+        ours = (self.checkpoints, self.final, self.best, self.log, self.result)
+        foreign = [path for path in ours if path.exists()]
         if foreign:
             raise OutputError(
                 f"--output_dir {self.path} holds {foreign[0].name}, but no arguments.json of a run"

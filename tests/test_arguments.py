@@ -37,6 +37,7 @@ from llm_training.argument_parsing import (
     parse_arguments,
     read_arguments,
 )
+from llm_training.launch_settings import LaunchSettings
 
 ROOT = Path(__file__).parents[1]
 GOOD = {
@@ -143,6 +144,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
     ({"validation_split_percentage": 51}, ["validation_split_percentage=51.0", "from 0 to 50"]),
     ({"seed": 2**32}, ["seed=4294967296", "from 0 to 4294967295"]),
     ({"logging_steps": 0}, ["logging_steps=0", "1 or more"]),
+    ({"ddp_timeout": 0}, ["ddp_timeout=0", "1 or more"]),
     # model, data and tokenizer
     ({"model_type": None}, ["no model", "model_name_or_path", "model_type"]),
     ({"model_name_or_path": "gpt2"}, ["model_name_or_path=gpt2 and model_type=gpt2", "exclude"]),
@@ -161,6 +163,10 @@ BAD_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"tokenizer_name": "a/b/c"}, ["tokenizer_name=a/b/c does not exist"]),
     ({"resume_from_checkpoint": "nowhere"}, ["resume_from_checkpoint=nowhere is no folder"]),
+    (
+        {"reset_optimizer": True, "resume_from_checkpoint": "none"},
+        ["reset_optimizer=true and resume_from_checkpoint=none exclude each other", "drop"],
+    ),
     ({"output_dir": "good.json"}, ["output_dir=good.json is a file"]),
     ({"cache_dir": "good.json"}, ["cache_dir=good.json is a file"]),
     ({"run_name": "a/b"}, ["run_name", "a/b", "no slash"]),
@@ -307,7 +313,7 @@ def test_a_tracker_that_is_not_installed(
     spec: importlib.machinery.ModuleSpec | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    problem = find_problems(Arguments(**{**GOOD_VALUES, "report_to": ["wandb"]}), 1)
+    problem = find_problems(Arguments(**{**GOOD_VALUES, "report_to": ["wandb"]}), LaunchSettings())
     assert problem == ["report_to=wandb is not installed: pip install wandb, or report_to=none"]
 
 
@@ -352,7 +358,7 @@ def test_a_path_is_not_taken_for_an_argument() -> None:
 
 def test_find_problems_judges_nothing_by_a_value_out_of_range() -> None:
     arguments = Arguments(**{**GOOD_VALUES, "max_steps": -5, "warmup_steps": 3})
-    assert find_problems(arguments, 1) == [
+    assert find_problems(arguments, LaunchSettings()) == [
         "max_steps=-5 is out of range: it must be 1 or more, or null"
     ]
 
@@ -445,6 +451,7 @@ def test_later_files_win_and_flags_win_over_files() -> None:
         {"train_file": "not_there_yet_*.txt"},
         {"resume_from_checkpoint": ".", "output_dir": "."},
         {"eval_only": True, "eval_steps": None},
+        {"reset_optimizer": True},
     ],
     ids=str,
 )

@@ -29,17 +29,21 @@ FLOORS = {
     "llm_training.checkpointing": 2,
     "llm_training.reporting": 2,
     "llm_training.argument_checks": 1,
+    "llm_training.cpu_backends": 1,
     "llm_training.data": 1,
     "llm_training.durable": 1,
     "llm_training.export": 1,
     "llm_training.generation": 1,
     "llm_training.health": 1,
     "llm_training.launch": 1,
+    "llm_training.launch_settings": 1,
     "llm_training.losses": 1,
     "llm_training.metrics": 1,
+    "llm_training.model_state": 1,
     "llm_training.modeling": 1,
     "llm_training.optim": 1,
     "llm_training.outputs": 1,
+    "llm_training.ranks": 1,
     "llm_training.schedules": 1,
     "llm_training.state": 1,
     "llm_training.throughput": 1,
@@ -48,8 +52,12 @@ FLOORS = {
 }
 
 OPEN_ROOMS = {
+    "llm_training.cpu_backends",
     "llm_training.durable",
+    "llm_training.launch_settings",
     "llm_training.losses",
+    "llm_training.model_state",
+    "llm_training.ranks",
     "llm_training.schedules",
     "llm_training.state",
     "llm_training.throughput",
@@ -71,6 +79,7 @@ QUICK_MODULES = {
     "arguments",
     "llm_training.argument_checks",
     "llm_training.argument_parsing",
+    "llm_training.launch_settings",
 }
 
 

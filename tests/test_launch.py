@@ -1,21 +1,26 @@
 """Device, precision, threads and seeds are what was asked for, or the launch is refused."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from arguments import Arguments
+from arguments import Arguments, BatchSizes
 from llm_training import launch
 from llm_training.launch import (
     LaunchError,
-    agree_on_seed,
     build_accelerator,
+    check_combination,
     choose_precision,
+    fill_deepspeed_config,
     find_device_type,
     seed_everything,
     set_threads,
 )
+from llm_training.launch_settings import Given, LaunchSettings
+
+ONE_PROCESS = LaunchSettings()
 
 
 @pytest.fixture(autouse=True)
@@ -25,21 +30,60 @@ def keep_threads():
     torch.set_num_threads(threads)
 
 
-def test_the_accelerator_has_our_windows_and_precision(tmp_path: Path) -> None:
-    arguments = Arguments(
+@pytest.fixture
+def arguments(tmp_path: Path) -> Arguments:
+    return Arguments(
         device="cpu", output_dir=str(tmp_path), report_to=["none"], mixed_precision="fp32"
     )
-    accelerator = build_accelerator(arguments, accumulation=3, processes=1)
+
+
+def sizes(accumulation: int) -> BatchSizes:
+    return BatchSizes(8, accumulation, 1, 8 * accumulation)
+
+
+def test_the_accelerator_has_our_windows_and_precision(arguments: Arguments) -> None:
+    accelerator = build_accelerator(arguments, ONE_PROCESS, batch=sizes(3))
     assert accelerator.gradient_accumulation_steps == 3
     assert not accelerator.gradient_state.sync_with_dataloader
     assert accelerator.mixed_precision == "no"
     assert accelerator.device.type == "cpu"
 
 
-def test_fewer_processes_than_asked_for_are_noticed(tmp_path: Path) -> None:
-    arguments = Arguments(device="cpu", output_dir=str(tmp_path), report_to=["none"])
+def test_fewer_processes_than_asked_for_are_noticed(arguments: Arguments) -> None:
+    two = LaunchSettings(backend="ddp", num_processes=2)
     with pytest.raises(LaunchError, match=r"2 processes were started .* Accelerate runs 1"):
-        build_accelerator(arguments, accumulation=1, processes=2)
+        build_accelerator(arguments, two, batch=sizes(1))
+
+
+@pytest.mark.parametrize("backend", ["fsdp", "deepspeed"])
+def test_a_backend_that_does_not_run_is_noticed(backend: str, arguments: Arguments) -> None:
+    asked = LaunchSettings(backend=backend, config_file="my.yaml")
+    with pytest.raises(LaunchError, match=f"my.yaml asks for {backend}, but Accelerate runs"):
+        build_accelerator(arguments, asked, batch=sizes(1))
+
+
+def test_a_precision_that_the_launchers_file_contradicts_is_refused(arguments: Arguments) -> None:
+    arguments.mixed_precision = "auto"  # known only when the device is
+    says_fp16 = LaunchSettings(given={"mixed_precision": Given("fp16", "my.yaml says fp16", "")})
+    with pytest.raises(LaunchError, match="says fp16"):
+        build_accelerator(arguments, says_fp16, batch=sizes(1))
+
+
+def test_deepspeed_gets_our_values() -> None:
+    config = {"gradient_clipping": "auto", "train_batch_size": "auto", "bf16": {"enabled": False}}
+    plugin = SimpleNamespace(deepspeed_config=config)
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    fill_deepspeed_config(accelerator, Arguments(max_grad_norm=0.3), BatchSizes(4, 3, 2, 24))
+    assert config == {
+        "gradient_clipping": 0.3,
+        "train_batch_size": 24,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 3,
+        "bf16": {"enabled": False},
+    }
+    # DeepSpeed would clip at 1.0 where nothing is said.
+    fill_deepspeed_config(accelerator, Arguments(max_grad_norm=None), BatchSizes(4, 3, 2, 24))
+    assert config["gradient_clipping"] == 0.0
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
@@ -49,15 +93,26 @@ def test_a_device_that_is_not_there_is_refused(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(LaunchError, match=f"--device {device}: this machine has none"):
-        find_device_type(device)
-    assert find_device_type("auto") == "cpu"
+        find_device_type(device, ONE_PROCESS)
+    assert find_device_type("auto", ONE_PROCESS) == "cpu"
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp", "deepspeed"])
+def test_several_processes_do_not_fall_back_to_the_cpu_unasked(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    several = LaunchSettings(backend=backend, num_processes=2, config_file="my.yaml")
+    with pytest.raises(LaunchError, match=r"no accelerator .* my.yaml .* Give --device cpu"):
+        find_device_type("auto", several)
+    assert find_device_type("cpu", several) == "cpu"
 
 
 def test_use_cpu_of_accelerates_file_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert find_device_type("auto") == "cuda"
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert find_device_type("auto") == "cpu"
+    assert find_device_type("auto", ONE_PROCESS) == "cuda"
+    assert find_device_type("auto", LaunchSettings(use_cpu=True)) == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -100,12 +155,12 @@ def test_threads_are_shared_by_the_processes_of_a_machine(monkeypatch: pytest.Mo
 
 
 def test_seeds() -> None:
-    assert agree_on_seed(7) == 7
-    assert agree_on_seed(None) != agree_on_seed(None)
-    seed_everything(3, each_rank_its_own=False)
+    seed_everything(3)
     first = torch.rand(2)
-    seed_everything(3, each_rank_its_own=False)
+    seed_everything(3)
     assert torch.equal(torch.rand(2), first)
+    seed_everything(3, rank=1)
+    assert not torch.equal(torch.rand(2), first)
 
 
 def test_cores_are_counted_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,3 +176,20 @@ def test_bf16_on_arm_is_what_the_library_says(
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     assert launch.has_bf16("cpu") is expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"backend": "fsdp", "tp_size": 2, "num_processes": 4}, "ReplicateParallel"),
+        ({"backend": "ddp", "tp_size": 2, "num_processes": 4}, "give as many processes"),
+        ({"backend": "ddp", "tp_size": 2, "cp_size": 2, "num_processes": 4}, "cp_size 1"),
+        ({"backend": "ddp", "cp_size": 2, "num_processes": 2}, "only together with FSDP2"),
+        ({"backend": "deepspeed", "cp_size": 2, "num_processes": 2}, "only together with FSDP2"),
+    ],
+)
+def test_splits_that_accelerate_cannot_combine_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(LaunchError, match=message):
+        check_combination(LaunchSettings(**settings))
+    check_combination(LaunchSettings(backend="ddp", tp_size=2, num_processes=2))
+    check_combination(LaunchSettings(backend="fsdp", cp_size=2, num_processes=4))

@@ -34,18 +34,22 @@ def test_the_sum_is_that_of_each_token_alone() -> None:
         log_probabilities[0, 0, 2] + log_probabilities[0, 1, 3] + log_probabilities[0, 2, 0]
         + log_probabilities[1, 1, 2]
     )  # fmt: skip
-    assert abs(float(token_loss_sum(logits, LABELS)) - float(by_hand)) < 1e-6 * float(by_hand)
+    assert abs(float(token_loss_sum(logits, shift_labels(LABELS))) - float(by_hand)) < 1e-6 * float(
+        by_hand
+    )
 
 
 def test_the_sum_does_not_depend_on_how_rows_are_batched() -> None:
     logits = make_logits()
-    parts = sum(float(token_loss_sum(logits[i : i + 1], LABELS[i : i + 1])) for i in range(3))
-    assert abs(parts - float(token_loss_sum(logits, LABELS))) < 1e-6 * parts
+    parts = sum(
+        float(token_loss_sum(logits[i : i + 1], shift_labels(LABELS[i : i + 1]))) for i in range(3)
+    )
+    assert abs(parts - float(token_loss_sum(logits, shift_labels(LABELS)))) < 1e-6 * parts
 
 
 def test_rows_without_a_predicted_token_give_zero_and_no_gradient() -> None:
     logits = make_logits().requires_grad_()
-    loss = token_loss_sum(logits[2:], LABELS[2:])
+    loss = token_loss_sum(logits[2:], shift_labels(LABELS[2:]))
     loss.backward()
     assert float(loss.detach()) == 0
     assert logits.grad is not None
@@ -54,7 +58,7 @@ def test_rows_without_a_predicted_token_give_zero_and_no_gradient() -> None:
 
 def test_bf16_logits_are_summed_in_float32() -> None:
     logits = make_logits().bfloat16()
-    loss = token_loss_sum(logits, LABELS)
+    loss = token_loss_sum(logits, shift_labels(LABELS))
     assert loss.dtype == torch.float32
     expected = F.cross_entropy(
         logits.float().view(-1, 5), shift_labels(LABELS).view(-1), reduction="sum"
@@ -65,4 +69,4 @@ def test_bf16_logits_are_summed_in_float32() -> None:
 def test_masked_tokens_are_never_correct() -> None:
     logits = torch.full((3, 4, 5), -1.0)
     logits[..., 2] = 1.0  # guesses 2 everywhere: right at row 0 position 0, and row 1 position 1
-    assert int(count_correct_tokens(logits, LABELS)) == 2
+    assert int(count_correct_tokens(logits, shift_labels(LABELS))) == 2

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from arguments import Arguments, ModelArguments
-from llm_training.losses import token_loss_sum
+from llm_training.losses import shift_labels, token_loss_sum
 from llm_training.modeling import (
     CausalLMWithLoss,
     ModelError,
     build_model,
+    check_row_split,
     count_parameters,
     fit_config,
     load_config,
@@ -80,7 +81,7 @@ def test_the_wrapper_returns_the_summed_loss_and_the_right_guesses() -> None:
     ids = torch.arange(16).view(2, 8)
     loss, correct = CausalLMWithLoss(model)(ids, ids, count_correct=True)
     logits = model(ids).logits
-    assert torch.equal(loss, token_loss_sum(logits, ids))
+    assert torch.equal(loss, token_loss_sum(logits, shift_labels(ids)))
     assert int(correct) == int((logits[:, :-1].argmax(-1) == ids[:, 1:]).sum())
     assert CausalLMWithLoss(model)(ids, ids)[1] is None
 
@@ -126,3 +127,22 @@ def test_a_model_that_its_own_code_refuses_is_told() -> None:
     arguments = Arguments(model_type="gpt2", config_overrides=TINY | {"n_head": 3})
     with pytest.raises(ModelError, match="No model could be made from a gpt2 configuration"):
         build_model(load_config(arguments, None), arguments)
+
+
+def test_rows_are_shared_by_ranks_only_where_attention_can_be_split() -> None:
+    llama, _ = make("llama")
+    check_row_split(llama, 60, 1)
+    check_row_split(llama, 64, 4)
+    with pytest.raises(ModelError, match=r"--block_size 60 .* multiple of 8"):
+        check_row_split(llama, 60, 4)
+    eager, _ = make("llama", attn_implementation="eager")
+    with pytest.raises(ModelError, match=r"--attn_implementation eager: .* need sdpa"):
+        check_row_split(eager, 64, 2)
+    with pytest.raises(ModelError, match="cannot be shared by ranks in gpt2"):
+        check_row_split(make("gpt2")[0], 64, 2)
+
+
+def test_a_model_without_a_plan_is_not_split() -> None:
+    arguments = Arguments(model_type="gpt2", config_overrides=TINY)
+    with pytest.raises(ModelError, match="transformers has no plan for gpt2"):
+        build_model(load_config(arguments, None), arguments, tp_size=2)

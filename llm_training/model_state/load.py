@@ -1,0 +1,266 @@
+"""Reads weights and optimizer state back: as the backend does it, or by way of whole tensors."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, distributed, nn
+
+from llm_training.model_state.form import (
+    CheckpointError,
+    StateForm,
+    buffers_by_name,
+    fail_together,
+    on_main_process,
+    tied_names,
+)
+from llm_training.model_state.live import LiveModel, LiveZero
+from llm_training.model_state.readers import (
+    DEEPSPEED_FOLDER,
+    MOMENTS,
+    READ_ERRORS,
+    RESET_ADVICE,
+    SHARDED_OPTIMIZER,
+    SHARDED_WEIGHTS,
+    OptimizerState,
+    Weights,
+    first_line,
+    read_optimizer,
+    read_weights,
+    require,
+)
+from llm_training.model_state.sharded import load_sharded_optimizer, load_sharded_weights
+
+Live = LiveModel | LiveZero
+
+
+def load_model_state(
+    accelerator: Accelerator,
+    folder: Path,
+    there: StateForm,
+    here: StateForm,
+    model: nn.Module,
+    optimizer: Any,
+    *,
+    scratch: Path,
+) -> None:
+    """Puts weights and optimizer state back; every rank must call this.
+
+    Sharded checkpoints are read by every rank for itself, on any number of processes, and those of
+    DeepSpeed where stage, precision and number of processes are the same. All others are read by
+    rank 0 as whole tensors and sent to the others, which is exact too but takes longer.
+
+    Args:
+        there: the form in which the checkpoint in `folder` lies.
+        here: the form of this run.
+        model: as Accelerate prepared it.
+        optimizer: as Accelerate prepared it; None: its state is not even read.
+        scratch: a folder of this run for what a conversion must write; removed afterwards.
+
+    Raises:
+        CheckpointError: something is missing, damaged, or cannot be carried over, on every rank.
+    """
+    is_zero = here.backend == "deepspeed"
+    if is_zero and is_converted(there, here) and 0 in (here.zero_stage, there.zero_stage):
+        raise CheckpointError(
+            f"{folder} was written by {there}, this run is {here}: what DeepSpeed keeps without"
+            " ZeRO cannot be converted. Continue it as it was, or use ZeRO stage 1, 2 or 3."
+        )
+    if is_zero and optimizer is not None and not is_converted(there, here):
+        _load_zero(accelerator, folder, model)
+        return
+    inner = None if optimizer is None else optimizer.optimizer
+    live: Live = LiveZero(model) if is_zero else LiveModel(model, inner)
+    if isinstance(live, LiveModel) and there.layout == here.layout == "sharded":
+        _load_sharded(accelerator, folder, live)
+    else:
+        _set_weights(accelerator, folder, there, live)
+        if optimizer is not None:
+            _set_optimizer(accelerator, folder, there, here, live, scratch)
+    if optimizer is not None:
+        _load_scaler(accelerator, folder)
+
+
+def is_converted(there: StateForm, here: StateForm) -> bool:
+    """Whether a checkpoint must take another form before this run can read it."""
+    if here.backend == there.backend == "deepspeed":
+        names = ("zero_stage", "num_processes", "precision")
+        return any(getattr(here, name) != getattr(there, name) for name in names)
+    return (here.backend, here.layout) != (there.backend, there.layout)
+
+
+# ------------------------------------------------------------------------------- as they are
+
+
+def _load_sharded(accelerator: Accelerator, folder: Path, live: LiveModel) -> None:
+    def look() -> None:
+        require(folder / SHARDED_WEIGHTS)
+        if live.optimizer is not None:
+            require(folder / SHARDED_OPTIMIZER, RESET_ADVICE)
+
+    on_main_process(accelerator, look)
+    try:
+        load_sharded_weights(live, folder)
+        if live.optimizer is not None:
+            load_sharded_optimizer(live, folder)
+    except READ_ERRORS as error:  # on every rank, also where only one of them could not read
+        raise CheckpointError(f"{folder} cannot be read: {first_line(error)}") from error
+
+
+def _load_zero(accelerator: Accelerator, folder: Path, engine: Any) -> None:
+    rank, problem = accelerator.process_index, None
+    for path in sorted((folder / DEEPSPEED_FOLDER).glob("*.pt")):
+        if f"zero_pp_rank_{rank}_" in path.name or path.name.startswith("mp_rank_"):
+            try:  # before the engine does, in which a rank that fails would leave others waiting
+                torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+            except READ_ERRORS as error:
+                problem = f"{path} cannot be read: {first_line(error)}"
+    fail_together(problem)
+    try:
+        with _settings_kept(engine.optimizer):
+            loaded, _ = engine.load_checkpoint(str(folder), DEEPSPEED_FOLDER)
+    except READ_ERRORS as error:
+        raise CheckpointError(
+            f"DeepSpeed cannot read {folder}: {first_line(error)} {RESET_ADVICE}"
+        ) from error
+    if loaded is None:
+        raise CheckpointError(f"DeepSpeed found no checkpoint in {folder / DEEPSPEED_FOLDER}.")
+
+
+@contextmanager
+def _settings_kept(zero: Any) -> Iterator[None]:
+    """Keeps rates, decay and the limit of the gradient norm: DeepSpeed would load them as well."""
+    own = [{k: v for k, v in group.items() if k != "params"} for group in zero.param_groups]
+    clip_grad = zero.clip_grad
+    yield
+    for group, settings in zip(zero.param_groups, own, strict=True):
+        group.update(settings)
+    zero.clip_grad = clip_grad
+
+
+def _load_scaler(accelerator: Accelerator, folder: Path) -> None:
+    """The loss scale of fp16, where both sides have one."""
+    path = folder / "scaler.pt"
+    if accelerator.scaler is not None and path.exists():
+        accelerator.scaler.load_state_dict(torch.load(path, weights_only=True))
+
+
+# ----------------------------------------------------------------------- by way of whole tensors
+
+
+def _set_weights(accelerator: Accelerator, folder: Path, there: StateForm, live: Live) -> None:
+    buffers = buffers_by_name(live.model)
+    weights = on_main_process(
+        accelerator, lambda: _fitting_weights(read_weights(folder, there), live, buffers, folder)
+    )
+    live.begin()
+    for name in live.parameters:
+        whole = None if weights is None else weights.pop(name)
+        live.set_weight(name, _send(accelerator, whole, live.shape(name)))
+    for name, buffer in buffers.items():
+        whole = None if weights is None else weights.pop(name)
+        buffer.copy_(_send(accelerator, whole, buffer.shape, buffer.dtype))
+    live.finish()
+
+
+def _fitting_weights(
+    found: Weights, live: Live, buffers: dict[str, Tensor], folder: Path
+) -> Weights:
+    """Of what was found what this model has, each under the name that it has here.
+
+    Raises:
+        CheckpointError: something is missing or has another shape.
+    """
+    names = tied_names(live.model)
+    shapes = {name: live.shape(name) for name in live.parameters}
+    shapes |= {name: buffer.shape for name, buffer in buffers.items()}
+    fitting: Weights = {}
+    for name, shape in shapes.items():
+        source = next((other for other in names.get(name, [name]) if other in found), None)
+        if source is None:
+            raise CheckpointError(f"{folder} has no weight {name}, which the model has.")
+        if found[source].shape != shape:
+            raise CheckpointError(
+                f"{folder} holds {name} with shape {tuple(found[source].shape)}, the model has"
+                f" {tuple(shape)}."
+            )
+        fitting[name] = found[source]
+    return fitting
+
+
+def _set_optimizer(
+    accelerator: Accelerator,
+    folder: Path,
+    there: StateForm,
+    here: StateForm,
+    live: Live,
+    scratch: Path,
+) -> None:
+    # Tensor parallelism has other groups, so its order is no help with files without names.
+    order = None if here.backend == "tensor_parallel" else live.optimizer_parameters
+
+    def read() -> OptimizerState:
+        scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=scratch, prefix="step-", suffix=".tmp") as beside:
+            found = read_optimizer(folder, there, order, Path(beside))
+        return _fitting_optimizer(found, live, folder)
+
+    state = on_main_process(accelerator, read)
+    counts = [{name: float(values["step"]) for name, values in (state or {}).items()}]
+    (steps,) = broadcast_object_list(counts)
+    if not steps:
+        return  # saved before the first update: a new optimizer is the same
+    live.begin_optimizer(steps)
+    for name in steps:
+        for kind in MOMENTS:
+            whole = None if state is None else state[name].pop(kind)
+            live.set_moment(name, kind, _send(accelerator, whole, live.shape(name)))
+    live.finish_optimizer()
+
+
+def _fitting_optimizer(found: OptimizerState, live: Live, folder: Path) -> OptimizerState:
+    """What was found, in the shapes of this model.
+
+    Raises:
+        CheckpointError: it belongs to other parameters, or cannot be carried over.
+    """
+    fitting: OptimizerState = {}
+    for name, values in found.items():
+        shape = live.shape(name) if name in live.parameters else None
+        if shape is None or any(values[kind].numel() != shape.numel() for kind in MOMENTS):
+            raise CheckpointError(
+                f"The optimizer state in {folder} does not fit the model at {name}. {RESET_ADVICE}"
+            )
+        # ZeRO-3 leaves them flat.
+        moments = {kind: values[kind].reshape(shape) for kind in MOMENTS}
+        fitting[name] = {"step": values["step"]} | moments
+    counts = sorted({float(values["step"]) for values in fitting.values()})
+    if isinstance(live, LiveZero) and len(counts) > 1:
+        raise CheckpointError(
+            f"The parameters in {folder} were updated from {counts[0]:g} to {counts[-1]:g} times,"
+            f" and DeepSpeed keeps one count for all: it cannot take them over. {RESET_ADVICE}"
+        )
+    return fitting
+
+
+def _send(
+    accelerator: Accelerator,
+    whole: Tensor | None,
+    shape: torch.Size,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """A tensor that rank 0 has, on the device of every rank."""
+    if whole is None:
+        sent = torch.empty(shape, dtype=dtype, device=accelerator.device)
+    else:
+        sent = whole.to(accelerator.device, dtype).contiguous()
+    if accelerator.num_processes > 1:
+        distributed.broadcast(sent, src=0)
+    return sent

@@ -1,0 +1,208 @@
+"""Reads weights and optimizer state of any layout as whole CPU tensors by parameter name.
+
+One process reads; none of this needs a process group. DeepSpeed's files and the metadata of
+sharded ones are pickles: continue only from folders that you wrote yourself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from llm_training.model_state.form import CheckpointError, StateForm, plain_name
+
+# File names of Accelerate's `save_state`.
+PLAIN_WEIGHTS = "model.safetensors"
+FULL_WEIGHTS = "pytorch_model_fsdp.bin"
+OPTIMIZER = "optimizer.bin"
+SHARDED_WEIGHTS = "pytorch_model_fsdp_0"
+SHARDED_OPTIMIZER = "optimizer_0"
+DEEPSPEED_FOLDER = "pytorch_model"
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, beside its `step`
+RESET_ADVICE = "Give --reset_optimizer to go on with its weights and a new optimizer."
+
+Weights = dict[str, Tensor]
+OptimizerState = dict[str, dict[str, Tensor]]
+
+# Damaged files fail in many ways; torch.distributed.checkpoint's is no `Exception`.
+READ_ERRORS = (Exception, CheckpointException)
+
+
+def read_weights(folder: Path, form: StateForm) -> Weights:
+    """The weights of a checkpoint by name, whole and on the CPU; tied ones at least once.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    name = {
+        "plain": PLAIN_WEIGHTS,
+        "full": FULL_WEIGHTS,
+        "sharded": SHARDED_WEIGHTS,
+        "deepspeed": DEEPSPEED_FOLDER,
+    }[form.layout]
+    path = folder / name
+    require(path)
+    try:
+        if form.layout == "plain":
+            found = load_file(path)
+        elif form.layout == "full":
+            found = _load_pickled_tensors(path)
+        elif form.layout == "sharded":
+            found = _read_sharded(path, "model.")
+        else:
+            found = _read_zero_weights(folder)
+    except READ_ERRORS as error:
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
+    return {plain_name(key): tensor for key, tensor in found.items()}
+
+
+def read_optimizer(
+    folder: Path, form: StateForm, parameters: Sequence[str] | None, scratch: Path
+) -> OptimizerState:
+    """AdamW's state by parameter name, whole and on the CPU: `step` and the `MOMENTS`.
+
+    Parameters that were never updated are missing.
+
+    Args:
+        parameters: names in the order of the live optimizer, for plain files that do not say
+            how they number them; None: it orders them in another way.
+        scratch: an empty folder, on a disk with room for three copies of the weights in float32.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or holds something other than AdamW's state.
+    """
+    folder_name = {"sharded": SHARDED_OPTIMIZER, "deepspeed": DEEPSPEED_FOLDER}
+    path = folder / folder_name.get(form.layout, OPTIMIZER)
+    require(path, RESET_ADVICE)
+    try:
+        if form.layout == "plain":
+            found = _by_name(_load_pickled_tensors(path), form.optimizer_parameters or parameters)
+        elif form.layout == "full":
+            found = _load_pickled_tensors(path)["state"]
+        elif form.layout == "sharded":
+            found = _unflatten(_read_sharded(path, "optimizer.state."))
+        else:
+            found = _read_zero_optimizer(path, scratch)
+        state = {plain_name(name): _adam_state(values) for name, values in found.items()}
+    except READ_ERRORS as error:
+        raise CheckpointError(
+            f"The optimizer state in {path} cannot be read: {first_line(error)} {RESET_ADVICE}"
+        ) from error
+    return state
+
+
+def require(path: Path, advice: str = "") -> None:
+    """Makes sure that a file or folder of a checkpoint is there."""
+    if not path.exists():
+        raise CheckpointError(f"{path.parent} has no {path.name}. {advice}".rstrip())
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; the name of its kind where it says nothing."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".:") + "."
+
+
+def _load_pickled_tensors(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _by_name(
+    optimizer: Mapping[str, Any], names: Sequence[str] | None
+) -> dict[str, dict[str, Tensor]]:
+    """A plain optimizer file's state by name; it counts the parameters of all groups together."""
+    if names is None:
+        raise ValueError("it does not say which state belongs to which parameter")
+    count = sum(len(group["params"]) for group in optimizer["param_groups"])
+    if count != len(names):
+        raise ValueError(f"it has {count} parameters, the model {len(names)}")
+    return {names[number]: values for number, values in optimizer["state"].items()}
+
+
+def _adam_state(values: Mapping[str, Any]) -> dict[str, Tensor]:
+    missing = [key for key in ("step", *MOMENTS) if key not in values]
+    if missing:
+        raise ValueError(f"it is not of AdamW: {', '.join(missing)} missing")
+    step = torch.as_tensor(values["step"], dtype=torch.float32).reshape(())
+    return {"step": step} | {key: values[key] for key in MOMENTS}
+
+
+def _read_sharded(folder: Path, prefix: str) -> Weights:
+    """Every tensor under `prefix` that torch.distributed.checkpoint wrote, put together."""
+    reader = dcp.FileSystemReader(folder)
+    tensors = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and key.startswith(prefix)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it should be
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+
+
+def _unflatten(tensors: Weights) -> dict[str, dict[str, Tensor]]:
+    """`{"weight.exp_avg": ...}` as `{"weight": {"exp_avg": ...}}`."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, kind = key.rpartition(".")
+        found.setdefault(name, {})[kind] = tensor
+    return found
+
+
+def _read_zero_weights(folder: Path) -> Weights:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=DEEPSPEED_FOLDER)
+
+
+def _read_zero_optimizer(folder: Path, scratch: Path) -> dict[str, dict[str, Any]]:
+    """DeepSpeed's own converter writes a folder for each parameter, which is read back."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    options = argparse.Namespace(
+        input_folder=str(folder),
+        output_folder=str(scratch / "universal"),
+        num_extract_workers=1,  # more would fork this process, with all its threads
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        ds_to_universal.main(options)
+    universal = scratch / "universal" / "zero"
+    common_step = _zero3_step(universal)
+    found = {}
+    for path in sorted(universal.rglob(f"{MOMENTS[0]}.pt")):
+        values = {key: _load_universal(path.with_name(f"{key}.pt")) for key in MOMENTS}
+        step = path.with_name("step.pt")
+        values["step"] = _load_universal(step) if step.exists() else common_step
+        found[str(path.parent.relative_to(universal))] = values
+    return found
+
+
+def _zero3_step(universal: Path) -> Any:
+    """ZeRO-3's converter leaves the step count in the optimizer state of rank 0."""
+    common = torch.load(universal / "optimizer_state.pt", weights_only=False, mmap=True)
+    groups = common.get("optimizer_state_dict", {}).get("state", {})
+    return next((group["step"] for group in groups.values()), None)
+
+
+def _load_universal(path: Path) -> Any:
+    loaded = torch.load(path, map_location="cpu", weights_only=False)
+    return loaded["param"] if isinstance(loaded, dict) else loaded

@@ -1,0 +1,93 @@
+"""Sharded checkpoints: every process writes and reads its own part of FSDP2 or tensor parallelism.
+
+The folders and their keys are those of Accelerate's sharded FSDP2 checkpoints, so that the two
+backends share one format.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils._pytree import tree_map
+
+from llm_training.model_state.live import LiveModel, local_part
+from llm_training.model_state.readers import MOMENTS, SHARDED_OPTIMIZER, SHARDED_WEIGHTS
+
+
+def save_sharded(live: LiveModel, folder: Path) -> None:
+    """Writes weights and optimizer state; every rank must call this."""
+    weights = get_model_state_dict(live.model)
+    dcp.save(
+        {"model": _in_one_piece(weights)},
+        storage_writer=dcp.FileSystemWriter(folder / SHARDED_WEIGHTS),
+    )
+    assert live.optimizer is not None
+    state = get_optimizer_state_dict(live.model, live.optimizer)
+    dcp.save(
+        {"optimizer": _in_one_piece(state)},
+        storage_writer=dcp.FileSystemWriter(folder / SHARDED_OPTIMIZER),
+    )
+
+
+def load_sharded_weights(live: LiveModel, folder: Path) -> None:
+    """Reads this rank's part of the weights; every rank must call this, and fails if one does."""
+    targets = get_model_state_dict(live.model)
+    _load(targets, "model", folder / SHARDED_WEIGHTS)
+
+
+def load_sharded_optimizer(live: LiveModel, folder: Path) -> None:
+    """Reads this rank's part of the optimizer state; the settings stay those of this run."""
+    path = folder / SHARDED_OPTIMIZER
+    written = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    targets: dict[str, Any] = {
+        name: {"step": torch.zeros(())}
+        | {kind: torch.zeros_like(live.parameters[name].detach()) for kind in MOMENTS}
+        for name in live.optimizer_parameters
+        # What was never updated has no state.
+        if f"optimizer.state.{name}.step" in written
+    }
+    _load({"state": targets}, "optimizer", path)
+    live.set_optimizer_state(targets)
+
+
+def _load(targets: dict[str, Any], key: str, folder: Path) -> None:
+    """Reads into the tensors of `targets`, in place."""
+    pieces = _in_one_piece(targets)
+    dcp.load({key: pieces}, storage_reader=dcp.FileSystemReader(folder))
+    tree_map(_copy_back, targets, pieces)
+
+
+def _in_one_piece(tree: Any) -> Any:
+    """The same tensors, each rank's part contiguous in the whole.
+
+    Fused matrices are cut in strides, of which torch.distributed.checkpoint knows nothing: it
+    would write them in the wrong order.
+    """
+
+    def unstride(value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        placements = [
+            Shard(place.dim) if isinstance(place, _StridedShard) else place
+            for place in value.placements
+        ]
+        return (
+            value
+            if tuple(placements) == value.placements
+            else value.redistribute(placements=placements)
+        )
+
+    return tree_map(unstride, tree)
+
+
+def _copy_back(target: Any, piece: Any) -> None:
+    if target is not piece and isinstance(target, DTensor):
+        with torch.no_grad():
+            whole = piece.redistribute(placements=target.placements)
+            local_part(target).copy_(local_part(whole))

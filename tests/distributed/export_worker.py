@@ -1,0 +1,157 @@
+"""Trains tiny models for two steps, exports them, and notes what each process saw of it.
+
+    accelerate launch --config_file accelerate_configs/ddp.yaml export_worker.py FOLDER CASE ...
+
+FOLDER gets a model folder for each case, beside it a JSON object of facts for each process. Every
+process trains on the same rows, so that the means over processes are what one process computes.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor, nn
+from transformers import GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
+
+from arguments import Arguments, BatchSizes
+from llm_training import export
+from llm_training.export import ExportError, export_model
+from llm_training.launch import build_accelerator
+from llm_training.launch_settings import read_launch_settings
+from llm_training.modeling import CausalLMWithLoss, build_model
+from llm_training.ranks import backward_options, leave
+
+VOCABULARY, LENGTH = 96, 16
+CONFIGS: dict[str, PretrainedConfig] = {
+    "gpt2": GPT2Config(
+        n_layer=2,
+        n_embd=16,
+        n_head=2,
+        vocab_size=VOCABULARY,
+        n_positions=LENGTH,
+        bos_token_id=None,
+        eos_token_id=None,
+    ),
+    "llama": LlamaConfig(
+        num_hidden_layers=2,
+        hidden_size=16,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=LENGTH,
+    ),
+}
+# Faults of rank 0 alone, which all ranks must hear of. They use the model of the case before.
+FAULTS = ("disk_full", "wrong_part")
+
+
+def build(model_type: str, precision: str) -> tuple[Accelerator, nn.Module, PreTrainedModel]:
+    """A tiny model after two steps of gradient descent, prepared for the backend."""
+    launch = read_launch_settings()
+    arguments = Arguments(device="cpu", mixed_precision=precision, num_threads=1, max_grad_norm=0.0)
+    sizes = BatchSizes(1, 1, launch.data_parallel_size, launch.data_parallel_size)
+    accelerator = build_accelerator(arguments, launch, batch=sizes)
+    torch.manual_seed(0)
+    network = build_model(CONFIGS[model_type], arguments, tp_size=launch.tp_size)
+    if model_type == "llama":
+        network.model.norm.weight.data.uniform_(0.5, 1.5)
+        network.model.norm.weight.requires_grad_(False)  # backends treat what is not trained apart
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.5)
+    model, optimizer = accelerator.prepare(CausalLMWithLoss(network), optimizer)
+    for seed in range(2):
+        rows = torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
+        loss, _ = model(rows, rows)
+        accelerator.backward(loss / (2 * (LENGTH - 1)), **backward_options(accelerator))
+        optimizer.step()
+        optimizer.zero_grad()
+    return accelerator, model, network
+
+
+def export_case(
+    accelerator: Accelerator, model: nn.Module, network: PreTrainedModel, folder: Path
+) -> dict[str, Any]:
+    """Exports after an evaluation, which leaves FSDP2's weights whole; what this process saw."""
+    model.eval()
+    with torch.no_grad():
+        model(torch.zeros(1, 4, dtype=torch.long))
+    model.train()
+    network.base_model.eval()  # one part is in another mode than the rest
+    modes, random_state = [m.training for m in model.modules()], torch.get_rng_state()
+    opened = export_model(accelerator, model, network, None, folder)
+    return {
+        "rank": accelerator.process_index,
+        "backend": f"{accelerator.distributed_type.value} of {accelerator.num_processes}",
+        "opened": None if opened is None else str(opened.device),
+        "modes_kept": modes == [m.training for m in model.modules()],
+        "random_state_kept": torch.equal(random_state, torch.get_rng_state()),
+    }
+
+
+def fault_case(
+    accelerator: Accelerator, model: nn.Module, network: PreTrainedModel, folder: Path, fault: str
+) -> dict[str, Any]:
+    """What this process is told of a fault of rank 0."""
+    gather = export.gather_weights
+
+    def save_nothing(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def gather_wrongly(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+        weights = gather(model, keep=keep)
+        if keep:  # as if the parts of two ranks had been put together in the wrong order
+            weights["lm_head.weight"] = weights["lm_head.weight"].roll(VOCABULARY // 2, 0)
+        return weights
+
+    save = PreTrainedModel.save_pretrained
+    if fault == "disk_full":
+        PreTrainedModel.save_pretrained = save_nothing  # type: ignore[method-assign]
+    else:
+        export.gather_weights = gather_wrongly
+    start, told = time.monotonic(), None
+    try:
+        export_model(accelerator, model, network, None, folder)
+    except ExportError as error:
+        told = str(error)
+    finally:
+        PreTrainedModel.save_pretrained = save  # type: ignore[method-assign]
+        export.gather_weights = gather
+    return {"told": told, "seconds": time.monotonic() - start}
+
+
+def run_cases(folder: Path, cases: list[str]) -> None:
+    """Runs the cases, such as `llama-fp32` or `disk_full`, one after the other."""
+    parts: tuple[Accelerator, nn.Module, PreTrainedModel] | None = None
+    for case in cases:
+        if case in FAULTS:
+            assert parts is not None
+            facts = fault_case(*parts, folder / "faults" / case, case)
+            rank = parts[0].process_index
+        else:
+            parts = None
+            forget_accelerator()
+            parts = build(*case.split("-"))
+            facts = export_case(*parts, folder / case)
+            rank = parts[0].process_index
+        (folder / f"{case}.{rank}.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def forget_accelerator() -> None:
+    """Lets the next case have a precision of its own, among the same processes."""
+    gc.collect()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+if __name__ == "__main__":
+    run_cases(Path(sys.argv[1]), sys.argv[2:])
+    leave(0)

@@ -1,0 +1,41 @@
+"""`train_llm.py` in which one rank fails at a given place: FAULT STEP RANK, then its arguments."""
+
+import os
+import signal
+import sys
+import time
+
+import train_llm
+from llm_training import ranks
+from llm_training.argument_parsing import parse_arguments
+from llm_training.data import DataError
+
+FAULT, STEP, RANK = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+IS_FAULTY = os.environ["RANK"] == RANK
+step_as_it_is, prepare_as_it_is = train_llm.optimizer_step, train_llm.prepare_data
+
+
+def faulty_step(run, *args):
+    if IS_FAULTY and run.state.step == STEP:
+        print(f"fault at {time.time()}", flush=True)
+        if FAULT == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if FAULT == "hang":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if FAULT == "raise":
+            raise DataError("row 7 cannot be read.")
+    return step_as_it_is(run, *args)
+
+
+def slow_data(*args, **kwargs):
+    """Takes longer than an exchange may, as large data does."""
+    if IS_FAULTY and FAULT == "slow_data":
+        time.sleep(STEP)
+    if IS_FAULTY and FAULT == "no_data":
+        raise DataError("no such corpus.")
+    return prepare_as_it_is(*args, **kwargs)
+
+
+train_llm.optimizer_step = faulty_step
+train_llm.prepare_data = slow_data
+ranks.leave(train_llm.main(parse_arguments(sys.argv[4:])))

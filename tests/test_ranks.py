@@ -1,0 +1,75 @@
+"""Who reads which rows, how means become sums, and what is said of a broken exchange."""
+
+from types import SimpleNamespace
+
+import pytest
+from accelerate.utils import DistributedType
+
+from llm_training import ranks
+
+
+def accelerator(index: int, count: int, tp: int = 1, cp: int = 1, kind: str = "MULTI_GPU"):
+    split = SimpleNamespace(tp_size=tp, cp_size=cp)
+    return SimpleNamespace(
+        process_index=index,
+        num_processes=count,
+        parallelism_config=None if tp == cp == 1 else split,
+        distributed_type=DistributedType[kind],
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "tp", "cp", "expected"),
+    [
+        (4, 1, 1, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        (4, 2, 1, [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        (4, 1, 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        (4, 2, 2, [(0, 1)] * 4),
+    ],
+)
+def test_ranks_that_share_a_model_or_a_row_read_the_same_rows(
+    count: int, tp: int, cp: int, expected: list
+) -> None:
+    assert [ranks.data_parallel(accelerator(i, count, tp, cp)) for i in range(count)] == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "tp", "cp", "expected"),
+    [
+        ("MULTI_GPU", 1, 1, 4 * 3),
+        ("FSDP", 1, 1, 4 * 3),
+        ("DEEPSPEED", 1, 1, 4),  # told not to divide by the accumulation
+        ("MULTI_GPU", 4, 1, 3),  # no gradient is averaged: each rank has its own part
+        ("FSDP", 1, 4, 4 * 3),  # ranks of one row each have a part of its loss
+    ],
+)
+def test_the_factor_undoes_what_the_backend_divides_by(
+    kind: str, tp: int, cp: int, expected: int
+) -> None:
+    assert ranks.gradient_factor(accelerator(0, 4, tp, cp, kind), accumulation=3) == expected
+    is_told = ranks.backward_options(accelerator(0, 4, tp, cp, kind)) == {"scale_wrt_gas": False}
+    assert is_told is (kind == "DEEPSPEED")
+
+
+def test_one_process_sums_alone_and_works_at_once() -> None:
+    assert ranks.sum_over_ranks(accelerator(0, 1), 1.5, 2.0) == [1.5, 2.0]
+    assert ranks.local_main_first(accelerator(0, 1), lambda: 7) == 7
+
+
+def test_a_seed_is_drawn_where_none_is_given() -> None:
+    assert ranks.agree_on_seed(7) == 7
+    assert ranks.agree_on_seed(None) != ranks.agree_on_seed(None)
+
+
+def test_an_error_of_ours_is_no_broken_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:1")
+    assert ranks.explain_broken_exchange(closed) is None  # a single process exchanges nothing
+    monkeypatch.setenv("RANK", "1")
+    assert ranks.explain_broken_exchange(RuntimeError("size mismatch")) is None
+    assert "rank 1: the processes did not find" in str(ranks.explain_broken_exchange(closed))
+
+
+def test_a_single_process_leaves_with_its_code() -> None:
+    with pytest.raises(SystemExit) as left:
+        ranks.leave(3)
+    assert left.value.code == 3
