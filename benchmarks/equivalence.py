@@ -97,9 +97,13 @@ BACKENDS = {
     "zero2": Backend("2 x ZeRO-2", "zero2", "ZeRO-2"),
     "zero3": Backend("2 x ZeRO-3", "zero3", "ZeRO-3"),
     "tp": Backend("2 x tensor parallel", "tp", "TP over 2"),
+    "cp": Backend("2 x context parallel", "cp", "FSDP2 SHARDED_STATE_DICT CP over 2"),
 }
 # What a backend cannot train, and how it says so.
-REFUSALS = {("tp", "gpt2"): "transformers has no plan for gpt2"}
+REFUSALS = {
+    ("tp", "gpt2"): "transformers has no plan for gpt2",
+    ("cp", "gpt2"): "Rows cannot be shared by ranks in gpt2",
+}
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,11 +18,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.distributed import DistributedConfig
-from transformers.integrations import deepspeed
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from arguments import Arguments, ModelArguments
 from llm_training.losses import count_correct_tokens, shift_labels, token_loss_sum
+from llm_training.zero_init import whole_models, whole_shape
 
 # Probabilities that configurations name in many ways; those of heads we never train stay.
 DROPOUT_FIELD = re.compile(r"^(?!classifier|summary|layer)\w*(dropout|pdrop)(_prob)?$")
@@ -153,7 +151,7 @@ def build_model(
     name = arguments.model_name_or_path
     try:
         if name is None:
-            with _whole_weights():
+            with whole_models():
                 model = AutoModelForCausalLM.from_config(config, **kwargs)
         else:
             model = AutoModelForCausalLM.from_pretrained(name, config=config, **kwargs)
@@ -202,33 +200,18 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     }
     trained = [p for p in model.parameters() if p.requires_grad]
     return (
-        sum(p.numel() for p in trained),
-        sum(p.numel() for p in trained if id(p) not in embedded),
+        sum(whole_shape(p).numel() for p in trained),
+        sum(whole_shape(p).numel() for p in trained if id(p) not in embedded),
     )
 
 
 def model_fingerprint(model: nn.Module) -> str:
     """The model's size and a hash over the names, shapes and types of its weights."""
-    layout = [(name, list(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
+    shapes = {name: whole_shape(p) for name, p in model.named_parameters()}
+    # Weights are built in float32; ZeRO-3 may hold parts of them in another type.
+    layout = [(name, list(shape), "torch.float32") for name, shape in shapes.items()]
     digest = hashlib.sha256(json.dumps(layout).encode()).hexdigest()[:12]
-    return f"{sum(p.numel() for p in model.parameters()):,} parameters ({digest})"
-
-
-@contextmanager
-def _whole_weights() -> Iterator[None]:
-    """Keeps DeepSpeed from cutting weights while they are drawn.
-
-    ZeRO-3 would let each rank draw for its own part, and the run would begin from other weights
-    than the same run on one process.
-    """
-    enabled = deepspeed._hf_deepspeed_config_weak_ref
-    config = enabled() if enabled is not None else None
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if config is not None:
-            deepspeed.set_hf_deepspeed_config(config)
+    return f"{sum(shape.numel() for shape in shapes.values()):,} parameters ({digest})"
 
 
 def _split_matrices(model: PreTrainedModel, tp_size: int) -> PreTrainedModel:

@@ -7,6 +7,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from arguments import OptimizationArguments
+from llm_training.zero_init import whole_shape
 
 # One kernel for the whole update; on CPU the other forms are four to seven times slower.
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -24,7 +25,7 @@ def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parame
     kept: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            is_matrix = parameter.ndim >= 2 and id(parameter) not in tables
+            is_matrix = len(whole_shape(parameter)) >= 2 and id(parameter) not in tables
             (decayed if is_matrix else kept).append(parameter)
     return decayed, kept
 

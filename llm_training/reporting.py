@@ -13,20 +13,22 @@ import transformers
 from accelerate import Accelerator
 
 from llm_training.data import PreparedData
+from llm_training.model_state import StateForm
 from llm_training.modeling import CausalLMWithLoss, count_parameters
 
 
 def model_line(accelerator: Accelerator, network: CausalLMWithLoss) -> str:
     """What is trained, in which precision, on what."""
     parameters, outside_embeddings = count_parameters(network)
-    precision = precision_name(accelerator)
-    threads = torch.get_num_threads()
-    device = f"{accelerator.device}, threads: {threads}"
-    if accelerator.device.type != "cpu":
-        device = str(accelerator.device)
+    device = accelerator.device.type
+    if device == "cpu":
+        device += f", threads: {torch.get_num_threads()}"
+    form = StateForm.of_run(accelerator)
+    if form.backend != "single":
+        device += f", {form}"
     return (
         f"Model    {network.config.model_type}, {parameters:,} parameters, {outside_embeddings:,}"
-        f" of them outside of embeddings; {precision} on {device}"
+        f" of them outside of embeddings; {precision_name(accelerator)} on {device}"
     )
 
 
@@ -53,7 +55,8 @@ def provenance(
         "num_parameters_outside_embeddings": outside_embeddings,
         "device": torch.cuda.get_device_name(device) if is_cuda else device.type,
         "precision": precision_name(accelerator),
-        "backend": accelerator.distributed_type.value,
+        "backend": StateForm.of_run(accelerator).backend,
+        "zero_stage": StateForm.of_run(accelerator).zero_stage,
         "num_processes": accelerator.num_processes,
         "num_threads": torch.get_num_threads(),
         "platform": platform.platform(),

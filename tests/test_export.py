@@ -23,6 +23,7 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPT2Model,
     MixtralConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -140,6 +141,18 @@ def test_names_that_differ_in_the_files_are_known(tmp_path: Path) -> None:
     assert expert in load_file(tmp_path / "final" / "model.safetensors")
 
 
+def test_the_names_of_the_files_it_came_from_are_kept(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    GPT2Model(GPT2).save_pretrained(tmp_path / "base")  # as gpt2's own: no `transformer.` in front
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(CausalLMWithLoss(network))
+    assert export_model(accelerator, model, network, None, tmp_path / "final") is not None
+    base, final = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "final"))
+    assert "wte.weight" in base
+    assert base.keys() == final.keys()
+
+
 def test_an_exported_model_can_be_trained_and_exported_again(tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     export_model(accelerator, *make(accelerator), None, tmp_path / "base")
@@ -213,17 +226,24 @@ def test_files_of_another_layout_are_found(
     assert told in refusal(parts, tmp_path / "final")
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"activation_function": "relu"}, "it computes other logits: they differ by"),
+        ({"tie_word_embeddings": False}, f"it has missing_keys: {HEAD}."),
+        ({"n_layer": 1}, "it has unexpected_keys: transformer.h.1."),
+    ],
+)
 def test_a_configuration_of_another_model_is_found(
-    tmp_path: Path, parts: tuple, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, parts: tuple, monkeypatch: pytest.MonkeyPatch, change: dict, told: str
 ) -> None:
     save = PretrainedConfig.save_pretrained
 
     def save_another(self: PretrainedConfig, folder: Path, **kwargs: Any) -> None:
-        self.activation_function = "relu"
-        save(self, folder, **kwargs)
+        save(GPT2Config(**self.to_dict() | change), folder, **kwargs)
 
     monkeypatch.setattr(PretrainedConfig, "save_pretrained", save_another)
-    assert "it computes other logits: they differ by" in refusal(parts, tmp_path / "final")
+    assert told in refusal(parts, tmp_path / "final")
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

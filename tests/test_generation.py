@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pytest import MonkeyPatch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from llm_training.data.tokenizers import train_tokenizer
@@ -33,6 +34,15 @@ def test_temperature_zero_rolls_no_dice(parts: tuple) -> None:
     assert sample(parts, temperature=0.0) == sample(parts, temperature=0.0, seed=2)
 
 
+def test_the_temperature_counts_and_not_the_models_own_settings(parts: tuple) -> None:
+    settings = parts[0].generation_config
+    try:
+        settings.update(do_sample=True, temperature=5.0)
+        assert sample(parts, temperature=0.0) == sample(parts, temperature=0.0, seed=2)
+    finally:
+        settings.update(do_sample=None, temperature=None)
+
+
 def test_random_state_and_mode_are_left_alone(parts: tuple) -> None:
     before = torch.get_rng_state()
     sample(parts)
@@ -44,3 +54,8 @@ def test_it_ends_where_the_positions_end(parts: tuple) -> None:
     text = sample(parts, prompt="x" * 100, max_new_tokens=500, temperature=0.0)
     assert text.startswith("x" * 31)
     assert len(parts[1](text).input_ids) <= 32 * 3  # bytes that are no UTF-8 decode to three
+
+
+def test_some_models_have_no_end_of_positions(parts: tuple, monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setattr(parts[0].config, "max_position_embeddings", -1)
+    assert sample(parts, prompt="def f(x):", temperature=0.0).startswith("def f(x):")

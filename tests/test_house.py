@@ -48,6 +48,7 @@ FLOORS = {
     "llm_training.state": 1,
     "llm_training.throughput": 1,
     "llm_training.tracking": 1,
+    "llm_training.zero_init": 1,
     "arguments": 0,
 }
 
@@ -61,6 +62,7 @@ OPEN_ROOMS = {
     "llm_training.schedules",
     "llm_training.state",
     "llm_training.throughput",
+    "llm_training.zero_init",
 }
 
 # They take plain values and tensors.

@@ -68,11 +68,6 @@ def load_model_state(
         CheckpointError: something is missing, damaged, or cannot be carried over, on every rank.
     """
     is_zero = here.backend == "deepspeed"
-    if is_zero and is_converted(there, here) and 0 in (here.zero_stage, there.zero_stage):
-        raise CheckpointError(
-            f"{folder} was written by {there}, this run is {here}: what DeepSpeed keeps without"
-            " ZeRO cannot be converted. Continue it as it was, or use ZeRO stage 1, 2 or 3."
-        )
     if is_zero and optimizer is not None and not is_converted(there, here):
         _load_zero(accelerator, folder, model)
         return

@@ -150,13 +150,15 @@ def record_of(output: OutputFolder, samples: list[list[int]]) -> dict[str, Any]:
 
 def active_backend(state: AcceleratorState) -> str:
     """What Accelerate really ran: it falls back to plain DDP without a word."""
+    split = state.parallelism_config
+    if split and split.tp_enabled:
+        return f"TP over {split.tp_size}"
     if state.distributed_type == DistributedType.DEEPSPEED:
         return f"ZeRO-{state.deepspeed_plugin.zero_stage}"
     if state.distributed_type == DistributedType.FSDP:
         plugin = state.fsdp_plugin
-        return f"FSDP{plugin.fsdp_version} {plugin.state_dict_type.name}"
-    if state.parallelism_config and state.parallelism_config.tp_enabled:
-        return f"TP over {state.parallelism_config.tp_size}"
+        positions = f" CP over {split.cp_size}" if split and split.cp_enabled else ""
+        return f"FSDP{plugin.fsdp_version} {plugin.state_dict_type.name}{positions}"
     return f"{state.num_processes} replicated"
 
 

@@ -19,17 +19,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from arguments import Arguments, BatchSizes
 from llm_training import export
+from llm_training.data.tokenizers import train_tokenizer
 from llm_training.export import ExportError, export_model
+from llm_training.generation import generate_sample
 from llm_training.launch import build_accelerator
 from llm_training.launch_settings import read_launch_settings
 from llm_training.modeling import CausalLMWithLoss, build_model
 from llm_training.ranks import backward_options, leave
 
-VOCABULARY, LENGTH = 96, 16
+VOCABULARY, LENGTH = 300, 16
 CONFIGS: dict[str, PretrainedConfig] = {
     "gpt2": GPT2Config(
         n_layer=2,
@@ -50,6 +53,8 @@ CONFIGS: dict[str, PretrainedConfig] = {
         max_position_embeddings=LENGTH,
     ),
 }
+MATRICES = {"gpt2": "h.0.mlp.c_fc.weight", "llama": "layers.0.mlp.up_proj.weight"}
+TOKENIZER = train_tokenizer("byte", ["abc"], VOCABULARY)
 # Faults of rank 0 alone, which all ranks must hear of. They use the model of the case before.
 FAULTS = ("disk_full", "wrong_part")
 
@@ -90,11 +95,32 @@ def export_case(
     opened = export_model(accelerator, model, network, None, folder)
     return {
         "rank": accelerator.process_index,
-        "backend": f"{accelerator.distributed_type.value} of {accelerator.num_processes}",
+        "processes": accelerator.num_processes,
+        "backend": accelerator.distributed_type.value,
+        "split_weights": describe_split(network),
         "opened": None if opened is None else str(opened.device),
+        "sample": None if opened is None else speak(accelerator, opened),
         "modes_kept": modes == [m.training for m in model.modules()],
         "random_state_kept": torch.equal(random_state, torch.get_rng_state()),
     }
+
+
+def speak(accelerator: Accelerator, opened: PreTrainedModel) -> str:
+    """A sample from the model as it was opened again; the other processes do not take part."""
+    with accelerator.autocast():
+        return generate_sample(opened, TOKENIZER, "def ", max_new_tokens=8, temperature=0.5, seed=1)
+
+
+def describe_split(network: PreTrainedModel) -> str:
+    """How this process holds a matrix of the model: whole, or which part."""
+    weight = network.get_parameter(
+        f"{network.base_model_prefix}.{MATRICES[network.config.model_type]}"
+    )
+    if isinstance(weight, DTensor):
+        return str(weight.placements)
+    if hasattr(weight, "ds_id"):
+        return f"{weight.ds_tensor.numel()} of {weight.ds_numel}"
+    return "master apart" if hasattr(weight, "_hp_mapping") else "whole"
 
 
 def fault_case(
@@ -112,6 +138,9 @@ def fault_case(
             weights["lm_head.weight"] = weights["lm_head.weight"].roll(VOCABULARY // 2, 0)
         return weights
 
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True)
+        (folder / "of_before").touch()
     save = PreTrainedModel.save_pretrained
     if fault == "disk_full":
         PreTrainedModel.save_pretrained = save_nothing  # type: ignore[method-assign]
@@ -134,7 +163,7 @@ def run_cases(folder: Path, cases: list[str]) -> None:
     for case in cases:
         if case in FAULTS:
             assert parts is not None
-            facts = fault_case(*parts, folder / "faults" / case, case)
+            facts = fault_case(*parts, folder / "faults" / case / case, case)
             rank = parts[0].process_index
         else:
             parts = None

@@ -3,9 +3,9 @@
     accelerate launch --config_file accelerate_configs/ddp.yaml resume_worker.py CASES OUTPUT
 
 CASES is a JSON list of cases: a `name`, the environment (`env`) that a launch under its backend
-gives its processes, what to do (`action`), and the `words` that `train_llm.py` would be given.
-OUTPUT gets a JSON object: the name of a case to what it came to. Starting processes takes longer
-than such a run, hence all in one launch.
+gives its processes, what to do (`action`), and the `words` that `train_llm.py` would be given, or
+that `spoil` takes. OUTPUT gets a JSON object: the name of a case to what it came to. Starting
+processes takes longer than such a run, hence all in one launch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,9 @@ from llm_training.outputs import OutputFolder
 from llm_training.ranks import leave
 
 
-def train(arguments: Arguments) -> dict[str, Any]:
+def train(words: list[str]) -> dict[str, Any]:
     """A run, begun or continued: its losses and gradient norms by step."""
+    arguments = read(words)
     output = OutputFolder(str(arguments.output_dir))
     run = train_llm.build_run(arguments, output)
     train_llm.resume(run)
@@ -42,8 +44,9 @@ def train(arguments: Arguments) -> dict[str, Any]:
     }
 
 
-def convert(arguments: Arguments) -> dict[str, Any]:
+def convert(words: list[str]) -> dict[str, Any]:
     """Loads a checkpoint and saves it again at once, in the form of this backend."""
+    arguments = read(words)
     run = train_llm.build_run(arguments, OutputFolder(str(arguments.output_dir)))
     train_llm.resume(run)
     run.checkpoints.save(run.state)
@@ -66,7 +69,34 @@ def differing_copies(model: Any) -> list[str]:
     return differing
 
 
-ACTIONS = {"train": train, "convert": convert}
+def spoil(words: list[str]) -> dict[str, Any]:
+    """Copies a checkpoint (first word) to another place (second); one file (third) is spoilt.
+
+    It is zeroed from its middle on, or removed where a fourth word says so; the manifest lists
+    what is there, as if it had been written like this.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        source, target, name, *removed = words
+        shutil.copytree(source, target)
+        file, manifest = Path(target, name), Path(target, "manifest.json")
+        noted = json.loads(manifest.read_text("utf-8"))
+        if removed:
+            file.unlink()
+            del noted["files"][name]
+        else:
+            size = file.stat().st_size
+            file.write_bytes(file.read_bytes()[: size // 2] + bytes(size - size // 2))
+        manifest.write_text(json.dumps(noted), "utf-8")
+    over_ranks("done")
+    return {}
+
+
+def read(words: list[str]) -> Arguments:
+    """The arguments of a run of these processes."""
+    return read_arguments(words, num_processes=read_launch_settings().data_parallel_size)
+
+
+ACTIONS = {"train": train, "convert": convert, "spoil": spoil}
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:
@@ -74,9 +104,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     environment = dict(os.environ)
     os.environ.update(case["env"])
     try:
-        num_processes = read_launch_settings().data_parallel_size
-        arguments = read_arguments(case["words"], num_processes=num_processes)
-        return ACTIONS[case["action"]](arguments)
+        return ACTIONS[case["action"]](case["words"])
     except train_llm.EXPECTED_ERRORS as error:
         # If a rank had gone on, this exchange would not come to an end.
         return {"refused": over_ranks(f"{type(error).__name__}: {error}")}

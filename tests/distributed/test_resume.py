@@ -3,12 +3,14 @@
 Real processes train tiny models, save, and continue elsewhere. Three kinds of proof: the curve of
 the continued run against one that was never interrupted; weights and optimizer state carried
 through every form there is, to the bit; and a stop on the same backend, to the bit with dropout on.
+And where a checkpoint is broken, every rank says the same and none is left waiting.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,15 +30,20 @@ pytestmark = pytest.mark.distributed
 
 # Backends on two processes; `full` is fsdp with the other kind of state dict.
 BACKENDS = ("ddp", "fsdp", "full", "zero1", "zero2", "zero3", "tp")
-LLAMA = {
+SMALL = {
     "num_hidden_layers": 2,
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-# Tied, and of odd sizes: no matrix divides evenly among the ranks.
-GPT2 = {"n_layer": 2, "n_embd": 33, "n_head": 3}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": SMALL,
+    # Tied, and of odd sizes: no matrix divides evenly among the ranks.
+    "gpt2": {"n_layer": 2, "n_embd": 33, "n_head": 3},
+    # Fused matrices, which tensor parallelism cuts in strides.
+    "mixtral": SMALL | {"num_local_experts": 2, "num_experts_per_tok": 2},
+}
 STOP = "step-00000005"
 END = "step-00000010"
 STEPS = [str(step) for step in range(6, 11)]
@@ -72,7 +79,7 @@ class Lab:
     def add(
         self,
         name: str,
-        *,
+        *words: str,
         backend: str = "single",
         processes: int = 1,
         action: str = "train",
@@ -83,7 +90,7 @@ class Lab:
         start: Path | None = None,
     ) -> None:
         """A case of the next launch; `start`: the checkpoint that it continues from."""
-        overrides = json.dumps(LLAMA if model == "llama" else GPT2)
+        overrides = json.dumps(MODELS[model])
         texts = ["--train_file", str(self.text), "--cache_dir", str(self.folder / "cache")]
         shape = ["--model_type", model, "--config_overrides", overrides]
         size = ["--tokenizer_name", "byte", "--block_size", "32", "--global_batch_size", "8"]
@@ -95,10 +102,15 @@ class Lab:
         resume = [] if start is None else ["--resume_from_checkpoint", str(start)]
         words = (
             *(*texts, *shape, *size, *rate, *length, *quiet, *machine, *resume),
-            *("--dropout", str(dropout), "--output_dir", str(self.folder / name)),
+            *("--dropout", str(dropout), "--output_dir", str(self.folder / name), *words),
         )
         env = {} if backend == "single" else environment_of(backend, processes)
         self.cases.append({"name": name, "env": env, "action": action, "words": list(words)})
+
+    def spoil(self, name: str, source: Path, file: str, *removed: str) -> None:
+        """A copy of a checkpoint of which one file is broken, or removed."""
+        words = [str(source), str(self.folder / name / "checkpoints" / STOP), file, *removed]
+        self.cases.append({"name": f"spoil-{name}", "env": {}, "action": "spoil", "words": words})
 
     def run_here(self) -> None:
         """Runs the collected cases in this process."""
@@ -122,13 +134,22 @@ class Lab:
 # ------------------------------------------------------------------------- all cases, once
 
 
-# A state that goes once around, so that every form is read and every form is written.
-ROUND = ("ddp", "fsdp", "zero1", "tp", "zero3", "full", "zero2")
-# The same for a tied model of odd sizes, which tensor parallelism has no plan for.
-ODD_ROUND = ("zero3", "fsdp", "zero2", "full", "ddp", "zero1")
+# A state that goes around, so that every form is read and every form is written.
+ROUNDS = {
+    "single": ("llama", ("ddp", "fsdp", "zero1", "tp", "zero3", "full", "zero2")),
+    "odd": ("gpt2", ("zero3", "fsdp", "zero2", "full", "ddp", "zero1")),
+    "fused": ("mixtral", ("tp", "fsdp", "tp")),
+}
 HALF_ROUND = ("zero2", "zero3", "zero1")
 ACROSS = [("fsdp", "zero2"), ("zero3", "fsdp"), ("tp", "fsdp"), ("fsdp", "tp")]
 TO_FOUR = ("ddp", "fsdp", "zero2")
+OTHER_SETTINGS = ("--weight_decay", "2", "--max_grad_norm", "0.5")
+
+
+def stations(first: str) -> list[tuple[str, str]]:
+    """The names of the stations of a round after the first, and their backends."""
+    backends = ROUNDS[first][1]
+    return [(f"{first}-{number}-{name}", name) for number, name in enumerate(backends)]
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +170,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Lab:
 def on_one_process(lab: Lab) -> None:
     lab.add("single")
     lab.add("odd", model="gpt2", steps=5)
+    lab.add("fused", model="mixtral", steps=5)
     lab.add("single-dropout", model="gpt2", dropout=0.1)
     start = lab.checkpoint("single-dropout")
     lab.add("single-dropout-again", model="gpt2", dropout=0.1, start=start)
+    lab.add("single-other", *OTHER_SETTINGS, start=lab.checkpoint("single"))
 
 
 def on_two_processes(lab: Lab) -> None:
@@ -167,53 +190,71 @@ def on_two_processes(lab: Lab) -> None:
     for source, target in ACROSS:
         start = lab.checkpoint(source)
         lab.add(f"{source}-{target}", backend=target, processes=2, start=start)
+    for backend in ("fsdp", "zero2"):
+        start = lab.checkpoint(backend)
+        lab.add(f"{backend}-other", *OTHER_SETTINGS, backend=backend, processes=2, start=start)
 
-    for title, first, stations, model in (
-        ("round", "single", ROUND, "llama"),
-        ("odd-round", "odd", ODD_ROUND, "gpt2"),
-    ):
+    for first, (model, _) in ROUNDS.items():
         start = lab.checkpoint(first)
-        for backend in stations:
-            name = f"{title}-{backend}"
+        for name, backend in stations(first):
             kind = {"backend": backend, "processes": 2, "model": model, "action": "convert"}
             lab.add(name, start=start, **kind)
             start = lab.checkpoint(name)
-
     kind = {"processes": 2, "precision": "bf16"}
     lab.add("half", backend=HALF_ROUND[0], steps=5, **kind)
     start = lab.checkpoint("half")
     for backend in HALF_ROUND[1:]:
         lab.add(f"half-{backend}", backend=backend, action="convert", start=start, **kind)
         start = lab.checkpoint(f"half-{backend}")
+    with_faults(lab)
+
+
+# What is broken, in the checkpoint of which backend, under which it is continued, and the word.
+FAULTS = {
+    "full": ("optimizer.bin", "ddp", "The optimizer state in .*--reset_optimizer"),
+    "zero2": ("pytorch_model/zero_pp_rank_1_mp_rank_00_optim_states.pt", "zero2", "zero_pp_rank_1"),
+    "zero3": ("pytorch_model/zero_pp_rank_1_mp_rank_00_optim_states.pt", "ddp", "pytorch_model"),
+    "fsdp": ("pytorch_model_fsdp_0/__1_0.distcp", "fsdp", "cannot be read"),
+    "ddp": ("random_states_1.pkl", "ddp", "has no random_states_1.pkl"),
+}
+
+
+def with_faults(lab: Lab) -> None:
+    for source, (file, target, _) in FAULTS.items():
+        removed = ["removed"] if source == "ddp" else []
+        lab.spoil(f"{source}-broken", lab.checkpoint(source), file, *removed)
+        start = lab.checkpoint(f"{source}-broken")
+        lab.add(f"{source}-refused", backend=target, processes=2, start=start)
+    start = lab.checkpoint("full-broken")
+    lab.add("reset", "--reset_optimizer", "true", backend="ddp", processes=2, start=start)
 
 
 def from_two_to_one(lab: Lab) -> None:
     for backend in BACKENDS:
         lab.add(f"{backend}-single", start=lab.checkpoint(backend))
-    for title, last, model in (("round", ROUND[-1], "llama"), ("odd-round", ODD_ROUND[-1], "gpt2")):
-        start = lab.checkpoint(f"{title}-{last}")
-        lab.add(f"{title}-single", model=model, action="convert", start=start)
+    for first, (model, _) in ROUNDS.items():
+        start = lab.checkpoint(stations(first)[-1][0])
+        lab.add(f"{first}-home", model=model, action="convert", start=start)
 
 
 def from_two_to_four(lab: Lab) -> None:
     for backend in TO_FOUR:
         start = lab.checkpoint(backend)
         lab.add(f"{backend}-4", backend=backend, processes=4, start=start)
-    start = lab.checkpoint("odd-round-zero3")
-    kind: dict[str, Any] = {"model": "gpt2", "action": "convert"}
-    lab.add("odd-round-4", backend="zero3", processes=4, start=start, **kind)
+    kind: dict[str, Any] = {"model": "gpt2", "action": "convert", "processes": 4}
+    lab.add("odd-4", backend="zero3", start=lab.checkpoint("odd-0-zero3"), **kind)
 
 
 # --------------------------------------------------------------------------- what came of them
 
 
-def assert_same_curve(lab: Lab, name: str) -> None:
+def assert_same_curve(lab: Lab, name: str, reference: str = "single") -> None:
     """Steps 6 to 10 are those of the run on one process that was never interrupted."""
-    record, reference = lab.records[name], lab.records["single"]
+    record = lab.records[name]
     assert "refused" not in record, record
     for metric in ("loss", "grad_norm"):
         assert list(record[metric]) == STEPS
-        expected = [reference[metric][step] for step in STEPS]
+        expected = [lab.records[reference][metric][step] for step in STEPS]
         assert [record[metric][step] for step in STEPS] == pytest.approx(expected, rel=1e-5)
 
 
@@ -252,18 +293,36 @@ def test_the_same_backend_goes_on_bit_for_bit_with_dropout(
 @pytest.mark.parametrize(
     ("first", "name"),
     [
-        *(("single", f"round-{backend}") for backend in (*ROUND, "single")),
-        *(("odd", f"odd-round-{backend}") for backend in (*ODD_ROUND, "single", "4")),
+        *((first, name) for first in ROUNDS for name, _ in stations(first)),
+        *((first, f"{first}-home") for first in ROUNDS),
+        ("odd", "odd-4"),
         *(("half", f"half-{backend}") for backend in HALF_ROUND[1:]),
     ],
 )
-def test_every_form_carries_the_same_state(
-    lab: Lab, first: str, name: str, tmp_path: Path
-) -> None:
-    record = lab.records[name]
-    assert record == {"differing_copies": []}
+def test_every_form_carries_the_same_state(lab: Lab, first: str, name: str, tmp_path: Path) -> None:
+    assert lab.records[name] == {"differing_copies": []}
     before = read_state(lab.checkpoint(first), tmp_path / "a")
     assert_same_state(before, read_state(lab.checkpoint(name), tmp_path / "b"))
+
+
+@pytest.mark.parametrize("backend", ["fsdp", "zero2"])
+def test_rates_and_limits_are_those_of_the_run_that_continues(lab: Lab, backend: str) -> None:
+    assert_same_curve(lab, f"{backend}-other", reference="single-other")
+    losses = [lab.records[name]["loss"]["10"] for name in ("single-other", "single")]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("source", FAULTS)
+def test_all_ranks_say_the_same_of_a_broken_checkpoint(lab: Lab, source: str) -> None:
+    first, second = lab.records[f"{source}-refused"]["refused"]
+    assert first == second
+    assert re.search(f"^CheckpointError: .*{FAULTS[source][2]}", first)
+
+
+def test_an_optimizer_that_cannot_be_read_can_be_left_out(lab: Lab) -> None:
+    reset, reference = lab.records["reset"]["loss"], lab.records["single"]["loss"]
+    assert reset["6"] == pytest.approx(reference["6"], rel=1e-5)  # the same weights
+    assert reset["7"] != pytest.approx(reference["7"], rel=1e-3)  # but moments from nothing
 
 
 def read_state(path: Path, scratch: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
