@@ -19,7 +19,6 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor.experimental._context_parallel import _attention
 
 
 def start_gloo(backend: str, timeout: timedelta) -> None:
@@ -83,7 +82,7 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, group: ProcessGroup) -> Tensor:
-        out, log_sum = _attention._templated_ring_attention(
+        out, log_sum = _ring()._templated_ring_attention(
             group,
             2,
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
@@ -100,7 +99,7 @@ class _RingAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, out, log_sum = ctx.saved_tensors
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-        grads = _attention._templated_ring_attention_backward(
+        grads = _ring()._templated_ring_attention_backward(
             ctx.group,
             2,
             kernel,
@@ -115,3 +114,9 @@ class _RingAttention(torch.autograd.Function):
             dropout_p=0.0,
         )
         return grads[0], grads[1], grads[2], None
+
+
+def _ring() -> Any:
+    from torch.distributed.tensor.experimental._context_parallel import _attention
+
+    return _attention

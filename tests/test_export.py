@@ -23,7 +23,6 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
-    GPT2Model,
     MixtralConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -38,6 +37,16 @@ from llm_training.modeling import CausalLMWithLoss
 
 NO_ENDS = {"bos_token_id": None, "eos_token_id": None}
 GPT2 = GPT2Config(n_layer=2, n_embd=8, n_head=1, vocab_size=300, n_positions=8, **NO_ENDS)
+MIXTRAL = MixtralConfig(
+    vocab_size=300,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    num_local_experts=2,
+    max_position_embeddings=8,
+)
 HEAD, TABLE = "lm_head.weight", "transformer.wte.weight"
 
 
@@ -131,25 +140,22 @@ def test_the_opened_model_is_returned_and_speaks_as_the_live_one(
 
 
 def test_names_that_differ_in_the_files_are_known(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
-    config = MixtralConfig(vocab_size=300, max_position_embeddings=8, **sizes, **heads)
     accelerator = Accelerator(cpu=True)
-    model, network = make(accelerator, config)
+    model, network = make(accelerator, MIXTRAL)
     assert export_model(accelerator, model, network, None, tmp_path / "final") is not None
     expert = "model.layers.0.block_sparse_moe.experts.1.w2.weight"  # live: stacked, in `mlp`
     assert expert in load_file(tmp_path / "final" / "model.safetensors")
 
 
 def test_the_names_of_the_files_it_came_from_are_kept(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    GPT2Model(GPT2).save_pretrained(tmp_path / "base")  # as gpt2's own: no `transformer.` in front
-    network = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     accelerator = Accelerator(cpu=True)
+    _, network = make(accelerator, MIXTRAL)
+    network.save_pretrained(tmp_path / "base", save_original_format=False)
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     model = accelerator.prepare(CausalLMWithLoss(network))
     assert export_model(accelerator, model, network, None, tmp_path / "final") is not None
     base, final = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "final"))
-    assert "wte.weight" in base
+    assert "model.layers.0.mlp.experts.down_proj" in base
     assert base.keys() == final.keys()
 
 

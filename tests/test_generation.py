@@ -57,5 +57,5 @@ def test_it_ends_where_the_positions_end(parts: tuple) -> None:
 
 
 def test_some_models_have_no_end_of_positions(parts: tuple, monkeypatch: MonkeyPatch) -> None:
-    monkeypatch.setattr(parts[0].config, "max_position_embeddings", -1)
+    monkeypatch.setattr(parts[0].config, "n_positions", -1)
     assert sample(parts, prompt="def f(x):", temperature=0.0).startswith("def f(x):")

@@ -62,7 +62,8 @@ FAULTS = ("disk_full", "wrong_part")
 def build(model_type: str, precision: str) -> tuple[Accelerator, nn.Module, PreTrainedModel]:
     """A tiny model after two steps of gradient descent, prepared for the backend."""
     launch = read_launch_settings()
-    arguments = Arguments(device="cpu", mixed_precision=precision, num_threads=1, max_grad_norm=0.0)
+    arguments = Arguments(device="cpu", num_threads=1, max_grad_norm=0.0)
+    arguments.mixed_precision = precision  # type: ignore[assignment]
     sizes = BatchSizes(1, 1, launch.data_parallel_size, launch.data_parallel_size)
     accelerator = build_accelerator(arguments, launch, batch=sizes)
     torch.manual_seed(0)
@@ -119,7 +120,8 @@ def describe_split(network: PreTrainedModel) -> str:
     if isinstance(weight, DTensor):
         return str(weight.placements)
     if hasattr(weight, "ds_id"):
-        return f"{weight.ds_tensor.numel()} of {weight.ds_numel}"
+        part: Any = weight
+        return f"{part.ds_tensor.numel()} of {part.ds_numel}"
     return "master apart" if hasattr(weight, "_hp_mapping") else "whole"
 
 

@@ -75,21 +75,21 @@ class TestRuns:
 
         record = records_of("single")[REFERENCE.name]
         samples = record["samples"]
-        assert len(record["loss"]) == len(record["grad_norm"]) == len(samples) == 12
+        assert len(record["loss"]) == len(record["grad_norm"]) == len(samples) == 10
         assert len(record["eval_loss"]) == 3
         # The last window is short, and one before it runs over the end of an epoch.
-        assert [len(window) for window in samples] == [GLOBAL_BATCH_SIZE] * 12
+        assert [len(window) for window in samples] == [GLOBAL_BATCH_SIZE] * 10
         assert [row == -1 for row in samples[-1]] == [False] * 5 + [True] * 3
-        assert sorted([row for window in samples for row in window][:62]) == list(range(62))
+        assert sorted([row for window in samples for row in window][:55]) == list(range(55))
         # Rows predict unequally much, and some of them nothing.
-        lengths = [max(0, kept_labels(row, SETTINGS["block_size"]) - 1) for row in range(62)]
+        lengths = [max(0, kept_labels(row, SETTINGS["block_size"]) - 1) for row in range(55)]
         assert 0 in lengths and 1 in lengths and len(set(lengths)) > 20
         seen = [sum(lengths[row] for row in window if row >= 0) for window in samples]
-        assert record["tokens"] == [sum(seen[: step + 1]) for step in range(12)]
+        assert record["tokens"] == [sum(seen[: step + 1]) for step in range(10)]
         # Some steps are clipped and some are not, and the model learns.
         assert min(record["grad_norm"]) < SETTINGS["max_grad_norm"] < max(record["grad_norm"])
         assert record["loss"][-1] < 0.8 * record["loss"][0]
-        assert len(set(record["learning_rate"])) > 10
+        assert len(set(record["learning_rate"])) == 10
 
     @pytest.mark.parametrize("backend", ["tp", "cp"])
     def test_gpt2_is_refused_where_it_cannot_be_split(self, backend, records_of):
@@ -195,7 +195,7 @@ class TestTable:
 
         def run_backend(backend: str, cases: tuple[Case, ...], folder: Path) -> dict[str, Record]:
             assert (folder / "run.json").exists()
-            common = a_record(samples=[[row] for row in range(12)], active=BACKENDS[backend].active)
+            common = a_record(samples=[[row] for row in range(10)], active=BACKENDS[backend].active)
             records = {}
             for case in cases:
                 record = common | (changes if backend == "ddp" else {})

@@ -103,8 +103,8 @@ def test_the_weights_are_those_of_one_process(exported: Exported, alone: Exporte
 def test_the_weights_are_the_masters_and_not_their_16_bit_copies(exported: Exported) -> None:
     for name, weight in exported.weights("llama-bf16").items():
         in_16_bits = (weight == weight.bfloat16().float()).float().mean()
-        # The norm is not trained, and two thirds of the vocabulary do not occur.
-        assert in_16_bits < 0.8 or name == "model.norm.weight", name
+        # The norm is not trained, and most of the vocabulary does not occur.
+        assert in_16_bits < 0.95 or name == "model.norm.weight", name
 
 
 def test_the_opened_model_speaks_without_the_other_ranks(

@@ -322,7 +322,7 @@ def test_all_ranks_say_the_same_of_a_broken_checkpoint(lab: Lab, source: str) ->
 def test_an_optimizer_that_cannot_be_read_can_be_left_out(lab: Lab) -> None:
     reset, reference = lab.records["reset"]["loss"], lab.records["single"]["loss"]
     assert reset["6"] == pytest.approx(reference["6"], rel=1e-5)  # the same weights
-    assert reset["7"] != pytest.approx(reference["7"], rel=1e-3)  # but moments from nothing
+    assert reset["7"] != pytest.approx(reference["7"], rel=1e-4)  # but moments from nothing
 
 
 def read_state(path: Path, scratch: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
