@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.integrations import deepspeed
 
 from llm_training.durable import replace_folder
+from llm_training.zero_init import whole_models
 
 # What wrappers put in front of the names of weights; torch.compile puts its own anywhere.
 WRAPPER_PREFIX = re.compile(r"^(module\.)*model\.")
@@ -95,7 +95,7 @@ def export_model(
         live = LiveModel(weights, row, model(row)[0])
         if accelerator.is_main_process:
             try:
-                with _whole_modules():
+                with whole_models():
                     plain = _plain_twin(network)
                     written = _write(live, plain, tokenizer, folder)
                     opened = _check(accelerator, live, plain, network, written)
@@ -389,16 +389,3 @@ def _undisturbed(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
-
-
-@contextmanager
-def _whole_modules() -> Iterator[None]:
-    """Keeps transformers from cutting a new model as ZeRO-3 would, which takes all ranks."""
-    enabled = deepspeed._hf_deepspeed_config_weak_ref
-    config = enabled() if enabled is not None else None
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if config is not None:
-            deepspeed.set_hf_deepspeed_config(config)

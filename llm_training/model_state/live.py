@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
 from llm_training.model_state.form import parameters_by_name
@@ -28,6 +29,9 @@ class LiveModel:
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None):
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # after a forward pass whole copies stand in for its own parts
         self.model = model
         self.optimizer = optimizer
         self.parameters = parameters_by_name(model)

@@ -48,6 +48,8 @@ def convert(words: list[str]) -> dict[str, Any]:
     """Loads a checkpoint and saves it again at once, in the form of this backend."""
     arguments = read(words)
     run = train_llm.build_run(arguments, OutputFolder(str(arguments.output_dir)))
+    # Once it has computed, ZeRO-3 keeps small weights whole: these must be replaced as well.
+    run.model(**run.windows.window(0)[0])
     train_llm.resume(run)
     run.checkpoints.save(run.state)
     return {"differing_copies": differing_copies(run.model)}

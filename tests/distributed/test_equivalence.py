@@ -88,7 +88,7 @@ class TestRuns:
         assert record["tokens"] == [sum(seen[: step + 1]) for step in range(10)]
         # Some steps are clipped and some are not, and the model learns.
         assert min(record["grad_norm"]) < SETTINGS["max_grad_norm"] < max(record["grad_norm"])
-        assert record["loss"][-1] < 0.8 * record["loss"][0]
+        assert record["loss"][-1] < 0.9 * record["loss"][0]
         assert len(set(record["learning_rate"])) == 10
 
     @pytest.mark.parametrize("backend", ["tp", "cp"])
