@@ -68,6 +68,7 @@ from llm_training.ranks import (
     explain_broken_exchange,
     find_shared_folder,
     gradient_factor,
+    is_first_to_say,
     leave,
     limit_waiting,
     local_main_first,
@@ -140,13 +141,14 @@ def main(arguments: Arguments) -> int:
         else:
             run_training(arguments)
     except EXPECTED_ERRORS as error:
-        print(f"train_llm.py: {error}", file=sys.stderr)
+        if is_first_to_say(str(error)):
+            print(f"train_llm.py: {error}", file=sys.stderr, flush=True)
         return 1
     except RuntimeError as error:
         explanation = explain_broken_exchange(error)
         if explanation is None:
             raise
-        print(f"train_llm.py: {explanation}", file=sys.stderr)
+        print(f"train_llm.py: {explanation}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         print("train_llm.py: interrupted; the same command continues the run.", file=sys.stderr)

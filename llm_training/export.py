@@ -220,6 +220,7 @@ def _plain_twin(network: PreTrainedModel) -> PreTrainedModel:
     `network` itself would exchange parts with the other ranks when it is saved, and describe
     weights that it holds in 16 bits.
     """
+    # In this form the configuration does not say how the model is split over ranks.
     config = type(network.config).from_dict(network.config.to_dict())
     with torch.device("meta"):
         plain: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -6,6 +6,7 @@ positions of a row (context parallel) between them read the same rows.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import re
@@ -234,6 +235,18 @@ def _silent_ranks() -> str:
         return f"Silent: rank {', '.join(silent)}."
     except RuntimeError:  # the store went away with the process that kept it
         return "Which rank is silent cannot be told."
+
+
+def is_first_to_say(message: str) -> bool:
+    """Whether no other rank has this to say as well: what all meet is told once."""
+    if not distributed.is_initialized():
+        # Before the processes have met, a mistake in the settings is met by all of a machine.
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    digest = hashlib.sha256(message.encode()).hexdigest()
+    try:
+        return int(_get_default_store().add(f"said/{digest}", 1)) == 1
+    except RuntimeError:  # the store went away with the process that kept it
+        return True
 
 
 def leave(code: int) -> NoReturn:

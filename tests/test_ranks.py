@@ -1,9 +1,11 @@
 """Who reads which rows, how means become sums, and what is said of a broken exchange."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from accelerate.utils import DistributedType
+from torch import distributed
 
 from llm_training import ranks
 
@@ -73,3 +75,22 @@ def test_a_single_process_leaves_with_its_code() -> None:
     with pytest.raises(SystemExit) as left:
         ranks.leave(3)
     assert left.value.code == 3
+
+
+def test_before_the_processes_meet_one_of_each_machine_speaks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert ranks.is_first_to_say("no such device")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert not ranks.is_first_to_say("no such device")
+
+
+def test_what_several_ranks_meet_is_told_once(tmp_path: Path) -> None:
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        told = [ranks.is_first_to_say(text) for text in ("full disk", "full disk", "bad row")]
+    finally:
+        distributed.destroy_process_group()
+    assert told == [True, False, True]

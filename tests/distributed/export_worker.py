@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
@@ -66,6 +67,9 @@ def build(model_type: str, precision: str) -> tuple[Accelerator, nn.Module, PreT
     arguments.mixed_precision = precision  # type: ignore[assignment]
     sizes = BatchSizes(1, 1, launch.data_parallel_size, launch.data_parallel_size)
     accelerator = build_accelerator(arguments, launch, batch=sizes)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero["stage3_param_persistence_threshold"] = 0  # weights this small would stay whole
     torch.manual_seed(0)
     network = build_model(CONFIGS[model_type], arguments, tp_size=launch.tp_size)
     if model_type == "llama":

@@ -45,11 +45,15 @@ def train(words: list[str]) -> dict[str, Any]:
 
 
 def convert(words: list[str]) -> dict[str, Any]:
-    """Loads a checkpoint and saves it again at once, in the form of this backend."""
+    """Loads a checkpoint and saves it again at once, in the form of this backend.
+
+    The run has trained before, so that whatever a step and a forward pass leave must give way.
+    """
     arguments = read(words)
     run = train_llm.build_run(arguments, OutputFolder(str(arguments.output_dir)))
-    # Once it has computed, ZeRO-3 keeps small weights whole: these must be replaced as well.
-    run.model(**run.windows.window(0)[0])
+    window = run.windows.window(0)
+    train_llm.optimizer_step(run, window, train_llm.count_window_tokens(run, window))
+    run.model(**window[0])
     train_llm.resume(run)
     run.checkpoints.save(run.state)
     return {"differing_copies": differing_copies(run.model)}
