@@ -41,8 +41,8 @@ ROW_LENGTH = 64
 FP32_TOLERANCE = 1e-4
 # In bf16 the error depends on the model, 0.3 % to 11 % were measured: it is measured anew each
 # time, by computing the opened model in both. DeepSpeed and FSDP2 round more numbers than autocast
-# does, and erred up to 2.5 times as much.
-OWN_ERRORS_TOLERATED = 4
+# does, and erred up to 5 times as much. The weights are compared bit by bit beside it.
+OWN_ERRORS_TOLERATED = 10
 MEMORY_MARGIN = 1.2  # of the weights' size
 UNFINISHED, FAILED = ".tmp", ".failed_check"  # behind the folder's name
 

@@ -18,6 +18,7 @@ from accelerate.utils import (
     TorchDynamoPlugin,
     set_seed,
 )
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from arguments import Arguments, BatchSizes
 from llm_training.cpu_backends import start_gloo
@@ -73,6 +74,8 @@ def build_accelerator(
         ) from error
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         fill_deepspeed_config(accelerator, arguments, batch)
+    elif accelerator.distributed_type == DistributedType.FSDP and precision != "no":
+        keep_sums_exact(accelerator)
     check_launch(accelerator, arguments, launch, device_type)
     return accelerator
 
@@ -121,6 +124,16 @@ def fill_deepspeed_config(
     }
     for name, value in ours.items():
         config[name] = value
+
+
+def keep_sums_exact(accelerator: Accelerator) -> None:
+    """Lets FSDP2 compute in 16 bits, but neither round the loss to them nor add gradients in them.
+
+    Accelerate's own policy does both; DDP does neither.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    accelerator.state.fsdp_plugin.mixed_precision_policy = policy
 
 
 def check_launch(

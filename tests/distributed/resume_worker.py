@@ -55,8 +55,9 @@ def convert(words: list[str]) -> dict[str, Any]:
     train_llm.optimizer_step(run, window, train_llm.count_window_tokens(run, window))
     run.model(**window[0])
     train_llm.resume(run)
+    differing = differing_copies(run.model)
     run.checkpoints.save(run.state)
-    return {"differing_copies": differing_copies(run.model)}
+    return {"differing_copies": differing}
 
 
 def differing_copies(model: Any) -> list[str]:
