@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from arguments import KINDS, Arguments, batch_problems
-from llm_training.launch_settings import LaunchSettings, launch_problems
+from llm_training.launch_checks import launch_problems
+from llm_training.launch_settings import LaunchSettings
 
 # What a value must be, its test, and the arguments it holds for; null passes where it is allowed.
 RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (

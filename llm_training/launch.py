@@ -22,7 +22,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from arguments import Arguments, BatchSizes
 from llm_training.cpu_backends import start_gloo
-from llm_training.launch_settings import LaunchSettings, precision_conflict
+from llm_training.launch_checks import precision_conflict
+from llm_training.launch_settings import LaunchSettings
 
 
 class LaunchError(ValueError):

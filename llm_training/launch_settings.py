@@ -1,21 +1,18 @@
-"""What started this process, and where that contradicts our arguments.
+"""What started this process: which backend, how many processes, from which files.
 
 `accelerate launch` tells its script most of its settings through the environment, which is the
 truth for what takes effect. Its command line and its YAML file tell the rest: how many processes
-were asked for, and which values somebody really wrote down. Nothing slow is imported here, so a
-contradiction is reported together with the mistakes in the arguments.
+were asked for, and which values somebody really wrote down. Nothing slow is imported here.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from arguments import Arguments, batch_problems, resolve_batch_sizes
 
 # Accelerate's settings that are looked at: their section in its file, and the variable exported.
 SETTINGS = {
@@ -42,14 +39,6 @@ SWITCHES = (
     " use_megatron_lm same_network module m no_python tpu_cluster no_tpu_cluster tpu_use_sudo"
     " downcast_bf16 fp8_use_autocast_during_eval debug"
 )
-
-# A number of the launcher or of DeepSpeed's file, and the argument that says the same.
-SAME_AS = {
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "gradient_clipping": "max_grad_norm",
-    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
-    "train_batch_size": "global_batch_size",
-}
 
 
 class Given(NamedTuple):
@@ -89,7 +78,7 @@ class LaunchSettings:
             config = _section(config, section)
         if config.get(key) is None:
             return None
-        says = f"{self.deepspeed_file} says {name}: {_shown(config[key])}"
+        says = f"{self.deepspeed_file} says {name}: {shown_value(config[key])}"
         return Given(config[key], says, 'write "auto" there')
 
 
@@ -127,7 +116,7 @@ def read_launch_settings(
     for name in SETTINGS:
         if found := _find(name, flags, config_file, file, environ):
             given[name] = found
-    asked = _number(given["num_processes"].value) if "num_processes" in given else None
+    asked = as_number(given["num_processes"].value) if "num_processes" in given else None
 
     deepspeed_file, deepspeed_config = None, None
     named = given.get("deepspeed_config_file")
@@ -202,7 +191,7 @@ def _read(path: str, kind: str, says: str, problems: list[str]) -> dict[str, Any
         values = json.loads(text) if kind == "JSON" else _parse_yaml(text)
         if isinstance(values, dict):
             return values
-        reason = f"it holds {_shown(values)[:80]}, not names with values"
+        reason = f"it holds {shown_value(values)[:80]}, not names with values"
     except OSError as error:
         reason = f"{error.strerror}; correct the path"
     except (ValueError, RecursionError) as error:
@@ -247,12 +236,12 @@ def _find(
     for key in (name, short):  # Accelerate takes fsdp_config.version for fsdp_version
         value = values.get(key)
         # use_cpu: false forbids nothing, so another place may still say true.
-        if value is not None and (name != "use_cpu" or _is_true(value)):
-            says = f"{config_file} says {key}: {_shown(value)}"
+        if value is not None and (name != "use_cpu" or is_true(value)):
+            says = f"{config_file} says {key}: {shown_value(value)}"
             return Given(value, says, "leave it out of the YAML")
     value = environ.get(variable, "")
     # The launcher exports "no" and "False" also where nobody said so.
-    speaks = _is_true(value) if name == "use_cpu" else value.lower() not in ("", "no", "false")
+    speaks = is_true(value) if name == "use_cpu" else value.lower() not in ("", "no", "false")
     return Given(value, f"the environment says {variable}={value}", "unset it") if speaks else None
 
 
@@ -261,182 +250,16 @@ def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def _number(value: Any) -> float | None:
+def as_number(value: Any) -> float | None:
     try:
         return None if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         return None
 
 
-def _is_true(value: Any) -> bool:
+def is_true(value: Any) -> bool:
     return str(value).lower() in ("y", "yes", "t", "true", "on", "1")
 
 
-def _shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-# --------------------------------------------------------------------------------- contradictions
-
-
-def launch_problems(arguments: Arguments, launch: LaunchSettings) -> Iterator[str]:
-    """Where the launch contradicts itself or the arguments, a sentence each."""
-    yield from launch.unreadable
-    process_problems = list(_process_problems(launch))
-    yield from process_problems
-    yield from _device_problems(arguments, launch)
-    yield from _precision_problems(arguments, launch)
-    # Sizes derived for the wrong number of processes would contradict everything.
-    is_counted = not (launch.unreadable or process_problems)
-    yield from _number_problems(arguments, launch, with_sizes=is_counted)
-    yield from _fsdp_problems(arguments, launch)
-    yield from _deepspeed_problems(arguments, launch)
-
-
-def _process_problems(launch: LaunchSettings) -> Iterator[str]:
-    started = launch.num_processes
-    cpu, kind = launch.given.get("use_cpu"), launch.given.get("distributed_type")
-    if cpu and cpu.says.endswith("--cpu") and kind and kind.value not in ("NO", False):
-        advice = "leave --cpu out, and give train_llm.py --device cpu"
-        yield f"{cpu.says}, which starts 1 plain process, but {kind.says}: {advice}"
-    elif launch.asked_processes not in (None, started):
-        happened = f"the environment says WORLD_SIZE={started}"
-        advice = "use one launcher only, and count the processes of all machines"
-        if started == 1:
-            happened = "only 1 process was started"
-            advice = (
-                "name a file whose distributed_type is MULTI_GPU or FSDP, such as"
-                " accelerate_configs/ddp.yaml, and for the CPU give train_llm.py --device cpu"
-            )
-        yield f"{launch.given['num_processes'].says}, but {happened}: {advice}"
-    tp, cp = launch.tp_size, launch.cp_size
-    if started % (tp * cp):
-        below = started - started % (tp * cp)
-        nearest = f"{below} or {below + tp * cp}" if below else tp * cp
-        product = f"parallelism_config_tp_size={tp} x parallelism_config_cp_size={cp} = {tp * cp}"
-        place = launch.config_file or "the environment"
-        advice = f"set num_processes to {nearest}"
-        yield f"WORLD_SIZE={started} is not a multiple of {product} ({place}): {advice}"
-    sequence = launch.given.get("parallelism_config_sp_size")
-    if sequence and _number(sequence.value) != 1:
-        yield f"{sequence.says}, but train_llm.py cannot split sequences so: {sequence.remedy}"
-
-
-def _device_problems(arguments: Arguments, launch: LaunchSettings) -> Iterator[str]:
-    cpu = launch.given.get("use_cpu")
-    if cpu and arguments.device in ("cuda", "mps"):
-        yield f"device={arguments.device}, but {cpu.says}: keep one; {cpu.remedy}"
-    dynamo = launch.given.get("dynamo_backend")
-    if dynamo and str(dynamo.value).lower() not in ("no", "false"):
-        ours = f"torch_compile={_shown(arguments.torch_compile)}"
-        yield f"{ours}, but {dynamo.says}: torch_compile decides; {dynamo.remedy}"
-
-
-def _precision_problems(arguments: Arguments, launch: LaunchSettings) -> Iterator[str]:
-    half = [launch.in_deepspeed_file(f"{name}.enabled") for name in ("bf16", "fp16")]
-    enabled = [given.says for given in half if given and _is_true(given.value)]
-    if len(enabled) == 2:
-        yield f'{" and ".join(enabled)}: keep one, or write "auto" for both'
-    elif arguments.mixed_precision != "auto":
-        conflict = precision_conflict(arguments.mixed_precision, launch)
-        if conflict:
-            yield conflict
-
-
-def precision_conflict(precision: str, launch: LaunchSettings) -> str | None:
-    """A sentence where the launcher's files name another precision than this bf16, fp16 or fp32."""
-    ours = f"mixed_precision={precision}"
-    given = launch.given.get("mixed_precision")
-    if given:
-        theirs = str(given.value).lower()
-        if {"no": "fp32", "false": "fp32"}.get(theirs, theirs) != precision:
-            return f"{ours}, but {given.says}: keep one; {given.remedy}"
-    for name in ("bf16", "fp16"):
-        given = launch.in_deepspeed_file(f"{name}.enabled")
-        if given and given.value != "auto" and _is_true(given.value) != (name == precision):
-            return f"{ours}, but {given.says}: keep one; {given.remedy}"
-    return None
-
-
-def _number_problems(
-    arguments: Arguments, launch: LaunchSettings, *, with_sizes: bool
-) -> Iterator[str]:
-    limit = arguments.max_grad_norm
-    ours: dict[str, float] = {"max_grad_norm": limit or 0.0}
-    said = {"max_grad_norm": f"max_grad_norm={_shown(limit)}"}
-    if with_sizes and (sizes := _batch_sizes(arguments, launch)):
-        ours |= sizes
-        for name in sizes:
-            said[name] = f"{name}={sizes[name]}"
-            if getattr(arguments, name) is None:
-                others = [other for other in sizes if other != name]
-                inputs = [f"{other}={_shown(getattr(arguments, other))}" for other in others]
-                said[name] += f" (derived from {' and '.join(inputs)})"
-    for theirs, name in SAME_AS.items():
-        for given in (launch.given.get(theirs), launch.in_deepspeed_file(theirs)):
-            if given is None or given.value == "auto" or name not in ours:
-                continue
-            if _number(given.value) != ours[name]:
-                yield f"{said[name]}, but {given.says}: keep one; {given.remedy}"
-
-
-def _batch_sizes(arguments: Arguments, launch: LaunchSettings) -> dict[str, int] | None:
-    """The batch sizes of this run; None where those given are wrong, which is told elsewhere."""
-    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size")
-    given = [getattr(arguments, name) for name in names]
-    if any(size is not None and size < 1 for size in given):
-        return None
-    if any(batch_problems(arguments, launch.data_parallel_size)):
-        return None
-    sizes = resolve_batch_sizes(arguments, launch.data_parallel_size)
-    return dict(zip(names, (sizes.per_device, sizes.accumulation, sizes.global_batch), strict=True))
-
-
-def _fsdp_problems(arguments: Arguments, launch: LaunchSettings) -> Iterator[str]:
-    if launch.backend != "fsdp":
-        return
-    version = launch.given.get("fsdp_version")
-    if version is None or str(version.value) != "2":
-        place = launch.config_file or "the environment"
-        says = version.says if version else f"{place} says no fsdp_version, which means 1"
-        yield f"{says}, but train_llm.py needs version 2: set fsdp_version: 2 in fsdp_config"
-    checkpointing = launch.given.get("fsdp_activation_checkpointing")
-    if checkpointing and _is_true(checkpointing.value):
-        ours = f"gradient_checkpointing={_shown(arguments.gradient_checkpointing)}"
-        advice = "it draws new random numbers the second time; use gradient_checkpointing instead"
-        yield f"{ours}, but {checkpointing.says}: {advice}"
-    kind = launch.given.get("fsdp_state_dict_type")
-    if kind and str(kind.value).upper() == "LOCAL_STATE_DICT":
-        advice = "FSDP2 has no such checkpoints; use SHARDED_STATE_DICT"
-        yield f"{kind.says}, but train_llm.py needs fsdp_version 2: {advice}"
-
-
-def _deepspeed_problems(arguments: Arguments, launch: LaunchSettings) -> Iterator[str]:
-    path, config = launch.deepspeed_file, launch.deepspeed_config
-    if launch.backend != "deepspeed":
-        return
-    if config is not None and not isinstance(config.get("zero_optimization"), dict):
-        advice = 'Accelerate needs it; add "zero_optimization": {"stage": 2}'
-        yield f"DeepSpeed's file {path} has no zero_optimization: {advice}"
-    owners = {
-        "optimizer": f"learning_rate={arguments.learning_rate}",
-        "scheduler": f"lr_scheduler_type={arguments.lr_scheduler_type}",
-    }
-    for section, ours in owners.items():
-        if section in (config or {}):
-            advice = f"our arguments decide; remove {section}"
-            yield f"{ours}, but {path} has a section {section}: {advice}"
-    stage = _zero_setting(launch, "zero_stage", "stage")
-    key = "stage3_gather_16bit_weights_on_model_save"
-    gather = _zero_setting(launch, "zero3_save_16bit_model", key)
-    if stage and _number(stage.value) == 3 and not (gather and _is_true(gather.value)):
-        name = f"zero_optimization.{key}" if path else "zero3_save_16bit_model"
-        advice = "set it to true, without it the trained model cannot be exported"
-        yield f"{stage.says}, but {name} is not true: {advice}"
-
-
-def _zero_setting(launch: LaunchSettings, name: str, key: str) -> Given | None:
-    """A setting of ZeRO: DeepSpeed's file goes before the launcher but where it says auto."""
-    given = launch.in_deepspeed_file(f"zero_optimization.{key}")
-    is_open = given.value == "auto" if given else launch.deepspeed_file is None
-    return launch.given.get(name) if is_open else given

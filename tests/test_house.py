@@ -36,6 +36,7 @@ FLOORS = {
     "llm_training.generation": 1,
     "llm_training.health": 1,
     "llm_training.launch": 1,
+    "llm_training.launch_checks": 1,
     "llm_training.launch_settings": 1,
     "llm_training.losses": 1,
     "llm_training.metrics": 1,
@@ -55,6 +56,7 @@ FLOORS = {
 OPEN_ROOMS = {
     "llm_training.cpu_backends",
     "llm_training.durable",
+    "llm_training.launch_checks",
     "llm_training.launch_settings",
     "llm_training.losses",
     "llm_training.model_state",
@@ -81,6 +83,7 @@ QUICK_MODULES = {
     "arguments",
     "llm_training.argument_checks",
     "llm_training.argument_parsing",
+    "llm_training.launch_checks",
     "llm_training.launch_settings",
 }
 

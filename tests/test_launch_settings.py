@@ -22,13 +22,8 @@ from accelerate.commands.launch import launch_command_parser
 from arguments import Arguments
 from llm_training import launch_settings
 from llm_training.argument_parsing import ArgumentProblems, read_arguments
-from llm_training.launch_settings import (
-    SWITCHES,
-    LaunchSettings,
-    launch_problems,
-    precision_conflict,
-    read_launch_settings,
-)
+from llm_training.launch_checks import launch_problems, precision_conflict
+from llm_training.launch_settings import SWITCHES, LaunchSettings, read_launch_settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -764,7 +759,8 @@ def test_real_launchers(tmp_path: Path) -> None:
     script.write_text(
         "import os\n"
         "from arguments import Arguments\n"
-        "from llm_training.launch_settings import launch_problems, read_launch_settings\n"
+        "from llm_training.launch_checks import launch_problems\n"
+        "from llm_training.launch_settings import read_launch_settings\n"
         "launch = read_launch_settings()\n"
         "found = launch.backend, launch.num_processes, launch.use_cpu, launch.config_file\n"
         "problems = list(launch_problems(Arguments(mixed_precision='fp32'), launch))\n"

@@ -485,8 +485,6 @@ def test_a_run_that_cannot_be_resumed_is_recorded_as_failed(
     (tmp_path / "run" / "checkpoints" / "last" / "optimizer.bin").write_bytes(b"")
     manifest = tmp_path / "run" / "checkpoints" / "last" / "manifest.json"
     manifest.write_text(re.sub(r'"optimizer.bin": \d+', '"optimizer.bin": 0', manifest.read_text()))
-    assert "optimizer.bin cannot be read" in fail(
-        train, capsys, max_steps=12, report_to=["mlflow"]
-    )
+    assert "optimizer.bin cannot be read" in fail(train, capsys, max_steps=12, report_to=["mlflow"])
     (run,) = mlflow.search_runs(experiment_names=["train_llm"], output_format="list")
     assert run.info.status == "FAILED"
