@@ -52,12 +52,34 @@ def test_weights_optimizer_and_random_state_come_back(folder: CheckpointFolder) 
 
     checkpoint, _ = find_checkpoint(folder.folder, "auto")
     assert checkpoint is not None
-    folder.load(checkpoint)
+    lines = folder.load(checkpoint, model, optimizer)
     state = checkpoint.read_state()
     assert (state.step, state.samples) == (3, 24)
     assert all(torch.equal(model.state_dict()[name], weights[name]) for name in weights)
     assert all("exp_avg" in values for values in optimizer.state.values())
     assert torch.equal(torch.rand(3), drawn)
+    assert lines == []
+
+
+def test_the_manifest_tells_how_the_state_was_written(folder: CheckpointFolder) -> None:
+    save(folder, 1)
+    manifest = open_checkpoint(folder.folder / "last").manifest
+    assert manifest["num_processes"] == 1
+    assert manifest["model_state"] == {
+        "backend": "single",
+        "layout": "plain",
+        "tensor_parallel_size": 1,
+        "zero_stage": None,
+        "precision": "fp32",
+        "device": "cpu",
+        "optimizer_parameters": ["weight", "bias"],
+    }
+
+
+def test_what_a_killed_conversion_left_is_cleared_away(folder: CheckpointFolder) -> None:
+    (folder.folder / "step-abc.tmp").mkdir(parents=True)  # as `load` names its scratch folders
+    save(folder, 1)
+    assert names(folder) == ["last", "step-00000001"]
 
 
 def test_the_newest_are_kept_and_the_best(folder: CheckpointFolder) -> None:
@@ -177,5 +199,6 @@ def test_a_missing_random_state_is_an_error(folder: CheckpointFolder) -> None:
     save(folder, 1)
     checkpoint = open_checkpoint(folder.folder / "last")
     (checkpoint.path / "random_states_0.pkl").unlink()
+    prepared = (folder.accelerator._models[0], folder.accelerator._optimizers[0])
     with pytest.raises(CheckpointError, match=r"has no random_states_0\.pkl"):
-        folder.load(checkpoint)
+        folder.load(checkpoint, *prepared)

@@ -99,13 +99,6 @@ class LiveZero:
         self.model: nn.Module = engine.module
         self.parameters = parameters_by_name(engine.module)
 
-    @property
-    def optimizer_parameters(self) -> list[str]:
-        """Names of the parameters in the order of the optimizer's groups before ZeRO took them."""
-        names = {id(parameter): name for name, parameter in self.parameters.items()}
-        groups = self.zero.fp16_groups if self.is_stage_3 else self.zero.bit16_groups
-        return [names[id(parameter)] for group in groups for parameter in group]
-
     def shape(self, name: str) -> torch.Size:
         """The whole shape of a parameter, however it is cut."""
         parameter: Any = self.parameters[name]
@@ -114,7 +107,7 @@ class LiveZero:
     def begin(self) -> None:
         """Before the first weight is set."""
         if self.is_stage_3:
-            self.zero.checkpoint_event_prologue()  # small weights are kept whole; cuts them too
+            self.zero.checkpoint_event_prologue()  # cuts the small weights, which are kept whole
 
     def set_weight(self, name: str, whole: Tensor) -> None:
         """Copies a parameter, whole and on the device of the run, into this rank's part."""
@@ -131,7 +124,7 @@ class LiveZero:
         if self.is_stage_3:
             for number in range(len(self.zero.fp16_groups)):
                 self.zero._reassign_or_swap_out_partitioned_parameters(number)
-            self.zero.checkpoint_event_epilogue()
+            self.zero.checkpoint_event_epilogue()  # and puts them together again
         else:
             self.zero.update_lp_params()
 
@@ -140,8 +133,13 @@ class LiveZero:
 
         ZeRO counts once for a group, so the counts must be equal.
         """
-        (step,) = set(steps.values())
         optimizer = self.zero.optimizer
+        optimizer.state.clear()
+        if not self.is_stage_3:
+            self.zero._hp_optimizer_states_linked = False
+        if not steps:
+            return  # saved before the first update
+        (step,) = set(steps.values())
         for flat in self._flat_parts():
             # Offloading brings an optimizer of its own, which counts in integers.
             count: Any = int(step)
@@ -152,7 +150,6 @@ class LiveZero:
             moments = {kind: torch.zeros_like(flat, requires_grad=False) for kind in MOMENTS}
             optimizer.state[flat] = {"step": count} | moments
         if not self.is_stage_3:
-            self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
 
     def set_moment(self, name: str, kind: str, whole: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from llm_training.model_state.live import LiveModel, LiveZero
 from llm_training.model_state.readers import (
     DEEPSPEED_FOLDER,
     MOMENTS,
+    OTHER_ADVICE,
     READ_ERRORS,
     RESET_ADVICE,
     SHARDED_OPTIMIZER,
@@ -95,18 +96,25 @@ def is_converted(there: StateForm, here: StateForm) -> bool:
 
 
 def _load_sharded(accelerator: Accelerator, folder: Path, live: LiveModel) -> None:
-    def look() -> None:
-        require(folder / SHARDED_WEIGHTS)
-        if live.optimizer is not None:
-            require(folder / SHARDED_OPTIMIZER, RESET_ADVICE)
+    path = folder / SHARDED_WEIGHTS
+    _load_part(accelerator, path, live, load_sharded_weights, OTHER_ADVICE)
+    if live.optimizer is not None:
+        path = folder / SHARDED_OPTIMIZER
+        _load_part(accelerator, path, live, load_sharded_optimizer, RESET_ADVICE)
 
-    on_main_process(accelerator, look)
+
+def _load_part(
+    accelerator: Accelerator,
+    path: Path,
+    live: LiveModel,
+    load: Callable[[LiveModel, Path], None],
+    advice: str,
+) -> None:
+    on_main_process(accelerator, lambda: require(path, advice))
     try:
-        load_sharded_weights(live, folder)
-        if live.optimizer is not None:
-            load_sharded_optimizer(live, folder)
+        load(live, path)
     except READ_ERRORS as error:  # on every rank, also where only one of them could not read
-        raise CheckpointError(f"{folder} cannot be read: {first_line(error)}") from error
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)} {advice}") from error
 
 
 def _load_zero(accelerator: Accelerator, folder: Path, engine: Any) -> None:
@@ -116,7 +124,7 @@ def _load_zero(accelerator: Accelerator, folder: Path, engine: Any) -> None:
             try:  # before the engine does, in which a rank that fails would leave others waiting
                 torch.load(path, map_location="cpu", weights_only=False, mmap=True)
             except READ_ERRORS as error:
-                problem = f"{path} cannot be read: {first_line(error)}"
+                problem = f"{path} cannot be read: {first_line(error)} {OTHER_ADVICE}"
     fail_together(problem)
     try:
         with _settings_kept(engine.optimizer):
@@ -126,7 +134,9 @@ def _load_zero(accelerator: Accelerator, folder: Path, engine: Any) -> None:
             f"DeepSpeed cannot read {folder}: {first_line(error)} {RESET_ADVICE}"
         ) from error
     if loaded is None:
-        raise CheckpointError(f"DeepSpeed found no checkpoint in {folder / DEEPSPEED_FOLDER}.")
+        raise CheckpointError(
+            f"DeepSpeed found no checkpoint in {folder / DEEPSPEED_FOLDER}. {OTHER_ADVICE}"
+        )
 
 
 @contextmanager
@@ -173,6 +183,7 @@ def _fitting_weights(
     Raises:
         CheckpointError: something is missing or has another shape.
     """
+    advice = "Continue from a checkpoint of this model."
     names = tied_names(live.model)
     shapes = {name: live.shape(name) for name in live.parameters}
     shapes |= {name: buffer.shape for name, buffer in buffers.items()}
@@ -180,11 +191,11 @@ def _fitting_weights(
     for name, shape in shapes.items():
         source = next((other for other in names.get(name, [name]) if other in found), None)
         if source is None:
-            raise CheckpointError(f"{folder} has no weight {name}, which the model has.")
+            raise CheckpointError(f"{folder} has no weight {name}, which the model has. {advice}")
         if found[source].shape != shape:
             raise CheckpointError(
                 f"{folder} holds {name} with shape {tuple(found[source].shape)}, the model has"
-                f" {tuple(shape)}."
+                f" {tuple(shape)}. {advice}"
             )
         fitting[name] = found[source]
     return fitting
@@ -198,8 +209,9 @@ def _set_optimizer(
     live: Live,
     scratch: Path,
 ) -> None:
-    # Tensor parallelism has other groups, so its order is no help with files without names.
-    order = None if here.backend == "tensor_parallel" else live.optimizer_parameters
+    order = None  # of the parameters, for old files without names; these backends have another
+    if isinstance(live, LiveModel) and here.backend != "tensor_parallel":
+        order = live.optimizer_parameters
 
     def read() -> OptimizerState:
         scratch.mkdir(parents=True, exist_ok=True)
@@ -210,8 +222,6 @@ def _set_optimizer(
     state = on_main_process(accelerator, read)
     counts = [{name: float(values["step"]) for name, values in (state or {}).items()}]
     (steps,) = broadcast_object_list(counts)
-    if not steps:
-        return  # saved before the first update: a new optimizer is the same
     live.begin_optimizer(steps)
     for name in steps:
         for kind in MOMENTS:
@@ -251,11 +261,10 @@ def _send(
     shape: torch.Size,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """A tensor that rank 0 has, on the device of every rank."""
-    if whole is None:
-        sent = torch.empty(shape, dtype=dtype, device=accelerator.device)
-    else:
-        sent = whole.to(accelerator.device, dtype).contiguous()
+    """A copy of a tensor that rank 0 has, on the device of every rank."""
+    sent = torch.empty(shape, dtype=dtype, device=accelerator.device)
+    if whole is not None:
+        sent.copy_(whole)  # what was read may lie in a file still
     if accelerator.num_processes > 1:
         distributed.broadcast(sent, src=0)
     return sent

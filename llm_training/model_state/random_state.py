@@ -13,6 +13,7 @@ from accelerate.utils import set_seed
 from accelerate.utils.other import load
 
 from llm_training.model_state.form import StateForm, fail_together
+from llm_training.model_state.readers import first_line
 
 # Spreads the steps over the seeds, so that no rank of one step draws as another rank of another.
 STEP_STRIDE = 0x9E3779B1
@@ -52,7 +53,8 @@ def check_random_state(
             problem = f"{folder} has no {path.name}, the random state of rank"
             problem += f" {accelerator.process_index}. Continue from another checkpoint."
         except Exception as error:  # damaged files fail in many ways
-            problem = f"{path} cannot be read: {error!r}. Continue from another checkpoint."
+            problem = f"{path} cannot be read: {first_line(error)} Continue from another"
+            problem += " checkpoint."
     fail_together(problem)
 
 
@@ -64,20 +66,17 @@ def restore_random_state(
     *,
     seed: int,
     step: int,
-) -> bool:
+) -> None:
     """Puts the random state of this rank back, or seeds it for this step of the run.
 
     On another split of the work the files fit no rank. The seed is then mixed with the step:
     without it, a run that moves would draw the masks of its first steps again.
-
-    Returns:
-        Whether it is the state that was saved.
     """
     if not is_same_split(there, here):
         # Ranks that hold one model between them drop the same.
         rank = accelerator.process_index // here.tensor_parallel_size
         set_seed((seed + step * STEP_STRIDE + rank) % NUM_SEEDS)
-        return False
+        return
     states: dict[str, Any] = load(folder / random_state_file(accelerator))
     random.setstate(states["random_state"])
     np.random.set_state(states["numpy_random_seed"])
@@ -86,4 +85,3 @@ def restore_random_state(
     of_device = states.get(f"torch_{device}_manual_seed")
     if of_device is not None:
         getattr(torch, device).set_rng_state_all(of_device)
-    return True

@@ -33,6 +33,10 @@ DEEPSPEED_FOLDER = "pytorch_model"
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, beside its `step`
 RESET_ADVICE = "Give --reset_optimizer to go on with its weights and a new optimizer."
+OTHER_ADVICE = (
+    "Continue from another checkpoint (--resume_from_checkpoint), or under the backend that wrote"
+    " this one."
+)
 
 Weights = dict[str, Tensor]
 OptimizerState = dict[str, dict[str, Tensor]]
@@ -54,7 +58,7 @@ def read_weights(folder: Path, form: StateForm) -> Weights:
         "deepspeed": DEEPSPEED_FOLDER,
     }[form.layout]
     path = folder / name
-    require(path)
+    require(path, OTHER_ADVICE)
     try:
         if form.layout == "plain":
             found = load_file(path)
@@ -65,7 +69,9 @@ def read_weights(folder: Path, form: StateForm) -> Weights:
         else:
             found = _read_zero_weights(folder)
     except READ_ERRORS as error:
-        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {first_line(error)} {OTHER_ADVICE}"
+        ) from error
     return {plain_name(key): tensor for key, tensor in found.items()}
 
 
@@ -79,7 +85,7 @@ def read_optimizer(
     Args:
         parameters: names in the order of the live optimizer, for plain files that do not say
             how they number them; None: it orders them in another way.
-        scratch: an empty folder, on a disk with room for three copies of the weights in float32.
+        scratch: an empty folder, on a disk with room for seven copies of the weights in float32.
 
     Raises:
         CheckpointError: it is missing or damaged, or holds something other than AdamW's state.
@@ -104,10 +110,14 @@ def read_optimizer(
     return state
 
 
-def require(path: Path, advice: str = "") -> None:
-    """Makes sure that a file or folder of a checkpoint is there."""
+def require(path: Path, advice: str) -> None:
+    """Makes sure that a file or folder of a checkpoint is there.
+
+    Raises:
+        CheckpointError: it is not; `advice` tells what to do.
+    """
     if not path.exists():
-        raise CheckpointError(f"{path.parent} has no {path.name}. {advice}".rstrip())
+        raise CheckpointError(f"{path.parent} has no {path.name}. {advice}")
 
 
 def first_line(error: BaseException) -> str:

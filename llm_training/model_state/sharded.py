@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_map
 from llm_training.model_state.live import LiveModel, local_part
 from llm_training.model_state.readers import MOMENTS, SHARDED_OPTIMIZER, SHARDED_WEIGHTS
 
+STATE = "optimizer.state."  # before the name of a parameter and the kind of its state
+
 
 def save_sharded(live: LiveModel, folder: Path) -> None:
     """Writes weights and optimizer state; every rank must call this."""
@@ -37,22 +39,26 @@ def save_sharded(live: LiveModel, folder: Path) -> None:
 
 def load_sharded_weights(live: LiveModel, folder: Path) -> None:
     """Reads this rank's part of the weights; every rank must call this, and fails if one does."""
-    targets = get_model_state_dict(live.model)
-    _load(targets, "model", folder / SHARDED_WEIGHTS)
+    _load(get_model_state_dict(live.model), "model", folder)
 
 
 def load_sharded_optimizer(live: LiveModel, folder: Path) -> None:
-    """Reads this rank's part of the optimizer state; the settings stay those of this run."""
-    path = folder / SHARDED_OPTIMIZER
-    written = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    """Reads this rank's part of the optimizer state; every rank must call this.
+
+    Raises:
+        ValueError: it holds state of parameters that the model does not have.
+    """
+    written = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    # What was never updated has no state.
+    names = [key[len(STATE) : -len(".step")] for key in written if key.endswith(".step")]
+    if foreign := sorted(set(names) - set(live.optimizer_parameters)):
+        raise ValueError(f"it has state of {foreign[0]}, which the model does not train")
     targets: dict[str, Any] = {
         name: {"step": torch.zeros(())}
         | {kind: torch.zeros_like(live.parameters[name].detach()) for kind in MOMENTS}
-        for name in live.optimizer_parameters
-        # What was never updated has no state.
-        if f"optimizer.state.{name}.step" in written
+        for name in names
     }
-    _load({"state": targets}, "optimizer", path)
+    _load({"state": targets}, "optimizer", folder)
     live.set_optimizer_state(targets)
 
 
@@ -73,14 +79,12 @@ def _in_one_piece(tree: Any) -> Any:
     def unstride(value: Any) -> Any:
         if not isinstance(value, DTensor):
             return value
-        placements = [
+        placements = tuple(
             Shard(place.dim) if isinstance(place, _StridedShard) else place
             for place in value.placements
-        ]
+        )
         return (
-            value
-            if tuple(placements) == value.placements
-            else value.redistribute(placements=placements)
+            value if placements == value.placements else value.redistribute(placements=placements)
         )
 
     return tree_map(unstride, tree)

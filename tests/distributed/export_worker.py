@@ -68,8 +68,10 @@ def build(model_type: str, precision: str) -> tuple[Accelerator, nn.Module, PreT
     sizes = BatchSizes(1, 1, launch.data_parallel_size, launch.data_parallel_size)
     accelerator = build_accelerator(arguments, launch, batch=sizes)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # ZeRO-3 would leave weights as small as these whole, and keep them after use.
         zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-        zero["stage3_param_persistence_threshold"] = 0  # weights this small would stay whole
+        limits = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+        zero.update({f"stage3_{limit}": 0 for limit in limits})
     torch.manual_seed(0)
     network = build_model(CONFIGS[model_type], arguments, tp_size=launch.tp_size)
     if model_type == "llama":

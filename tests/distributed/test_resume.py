@@ -8,6 +8,7 @@ And where a checkpoint is broken, every rank says the same and none is left wait
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -26,7 +27,8 @@ from llm_training.model_state.readers import read_optimizer, read_weights
 from tests.distributed.launching import ROOT, launch
 from tests.distributed.resume_worker import run_case
 
-pytestmark = pytest.mark.distributed
+# The first test waits for all the launches; on a busy machine they take long.
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 # Backends on two processes; `full` is fsdp with the other kind of state dict.
 BACKENDS = ("ddp", "fsdp", "full", "zero1", "zero2", "zero3", "tp")
@@ -49,6 +51,7 @@ END = "step-00000010"
 STEPS = [str(step) for step in range(6, 11)]
 
 
+@functools.cache
 def environment_of(config: str, num_processes: int) -> dict[str, str]:
     """What `accelerate launch` with a shipped YAML file would put into its processes' environment.
 
@@ -104,7 +107,7 @@ class Lab:
             *(*texts, *shape, *size, *rate, *length, *quiet, *machine, *resume),
             *("--dropout", str(dropout), "--output_dir", str(self.folder / name), *words),
         )
-        env = {} if backend == "single" else environment_of(backend, processes)
+        env = {} if backend == "single" else dict(environment_of(backend, processes))
         self.cases.append({"name": name, "env": env, "action": action, "words": list(words)})
 
     def spoil(self, name: str, source: Path, file: str, *removed: str) -> None:
