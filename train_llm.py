@@ -532,7 +532,7 @@ def evaluate_only(arguments: Arguments) -> None:
     if checkpoint:
         checkpoints = CheckpointFolder(accelerator, output.checkpoints, None, identity)
         checkpoints.check(checkpoint)
-        checkpoints.load(checkpoint, model, None)
+        passed_over += checkpoints.load(checkpoint, model, None)
     source = checkpoint.path if checkpoint else arguments.model_name_or_path or "untrained weights"
     accelerator.print("\n".join([*passed_over, f"Evaluating {source}"]), flush=True)
     metrics = evaluate(accelerator, model, validation, arguments, batch)

@@ -115,8 +115,16 @@ def fill_deepspeed_config(
     """Writes our values where the DeepSpeed file says `auto` or nothing.
 
     DeepSpeed clips and divides by its own values and ignores what the loop says.
+
+    Raises:
+        LaunchError: stage 0.
     """
     config = accelerator.state.deepspeed_plugin.deepspeed_config
+    if config["zero_optimization"].get("stage", 0) == 0:
+        raise LaunchError(
+            "zero_optimization.stage 0 splits nothing, and DeepSpeed then tells no gradient norm."
+            " Use accelerate_configs/ddp.yaml, or stage 1, 2 or 3."
+        )
     ours = {
         "train_micro_batch_size_per_gpu": batch.per_device,
         "gradient_accumulation_steps": batch.accumulation,

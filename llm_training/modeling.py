@@ -222,6 +222,12 @@ def _split_matrices(model: PreTrainedModel, tp_size: int) -> PreTrainedModel:
             f" {model.config.model_type}. Use a model that has one (llama, qwen3, mistral, ...), or"
             " another file of accelerate_configs/."
         )
+    if model.config.tie_word_embeddings:
+        raise ModelError(
+            f"Tensor parallelism over {tp_size} ranks: transformers cannot split a head that is"
+            " tied to the embedding. For a new model give tie_word_embeddings=false in"
+            " --config_overrides; else use another file of accelerate_configs/."
+        )
     asked = DistributedConfig(tp_size=tp_size, tp_plan="auto")
     try:
         config, _, mesh = model.prepare_distribute_model(asked)

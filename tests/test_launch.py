@@ -70,7 +70,12 @@ def test_a_precision_that_the_launchers_file_contradicts_is_refused(arguments: A
 
 
 def test_deepspeed_gets_our_values() -> None:
-    config = {"gradient_clipping": "auto", "train_batch_size": "auto", "bf16": {"enabled": False}}
+    config = {
+        "gradient_clipping": "auto",
+        "train_batch_size": "auto",
+        "bf16": {"enabled": False},
+        "zero_optimization": {"stage": 1},
+    }
     plugin = SimpleNamespace(deepspeed_config=config)
     accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
     fill_deepspeed_config(accelerator, Arguments(max_grad_norm=0.3), BatchSizes(4, 3, 2, 24))
@@ -80,10 +85,14 @@ def test_deepspeed_gets_our_values() -> None:
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 3,
         "bf16": {"enabled": False},
+        "zero_optimization": {"stage": 1},
     }
     # DeepSpeed would clip at 1.0 where nothing is said.
     fill_deepspeed_config(accelerator, Arguments(max_grad_norm=None), BatchSizes(4, 3, 2, 24))
     assert config["gradient_clipping"] == 0.0
+    config["zero_optimization"] = {"stage": 0}
+    with pytest.raises(LaunchError, match="stage 0 splits nothing"):
+        fill_deepspeed_config(accelerator, Arguments(), BatchSizes(4, 3, 2, 24))
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])

@@ -146,3 +146,10 @@ def test_a_model_without_a_plan_is_not_split() -> None:
     arguments = Arguments(model_type="gpt2", config_overrides=TINY)
     with pytest.raises(ModelError, match="transformers has no plan for gpt2"):
         build_model(load_config(arguments, None), arguments, tp_size=2)
+
+
+def test_a_model_with_a_tied_head_is_not_split() -> None:
+    overrides = TINY_LLAMA | {"tie_word_embeddings": True}
+    arguments = Arguments(model_type="llama", config_overrides=overrides)
+    with pytest.raises(ModelError, match=r"tied to the embedding.* tie_word_embeddings=false"):
+        build_model(load_config(arguments, None), arguments, tp_size=2)

@@ -44,9 +44,10 @@ ACCELERATE = """#!/usr/bin/env bash
 printf '%s\\n' "$@" > "$RECORD/accelerate$SLURM_NODEID"
 [[ ${FAILS_ON:-} != "$SLURM_NODEID" ]] || exit 3
 if [[ -n ${HANGS:-} ]]; then
-    trap 'touch "$RECORD/ended$SLURM_NODEID"; exit 143' TERM
+    sleep 90 & training=$!
+    trap 'kill $training; touch "$RECORD/ended$SLURM_NODEID"; exit 143' TERM
     touch "$RECORD/started$SLURM_NODEID"
-    while true; do sleep 0.05; done
+    wait $training
 fi
 """
 
@@ -145,7 +146,9 @@ def test_when_the_time_is_up_the_training_ends_and_the_job_is_queued_again(
 ) -> None:
     cluster["HANGS"] = "yes"
     command = ["bash", str(SCRIPT), "run.json", FSDP]
-    job = subprocess.Popen(command, env=cluster, stdout=subprocess.PIPE, text=True)
+    job = subprocess.Popen(
+        command, env=cluster, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     record = Path(cluster["RECORD"])
     try:
         ends = time.monotonic() + 60
@@ -155,8 +158,10 @@ def test_when_the_time_is_up_the_training_ends_and_the_job_is_queued_again(
         assert not list(record.glob("ended*"))
         job.send_signal(signal.SIGUSR1)  # #SBATCH --signal=B:USR1@120
         said, _ = job.communicate(timeout=60)
-    finally:
-        job.kill()
+    except BaseException:
+        os.killpg(job.pid, signal.SIGKILL)  # with the stand-ins below it
+        job.wait()
+        raise
     assert job.returncode == 0
     assert "queueing the job again" in said
     # Each launcher heard it, and was waited for before the job was queued.

@@ -13,10 +13,11 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
@@ -60,7 +61,16 @@ TOKENIZER = train_tokenizer("byte", ["abc"], VOCABULARY)
 FAULTS = ("disk_full", "wrong_part")
 
 
-def build(model_type: str, precision: str) -> tuple[Accelerator, nn.Module, PreTrainedModel]:
+class Parts(NamedTuple):
+    """A model in training: as it is prepared, and the Hugging Face model inside."""
+
+    accelerator: Accelerator
+    model: nn.Module
+    network: PreTrainedModel
+    optimizer: AcceleratedOptimizer
+
+
+def build(model_type: str, precision: str) -> Parts:
     """A tiny model after two steps of gradient descent, prepared for the backend."""
     launch = read_launch_settings()
     arguments = Arguments(device="cpu", num_threads=1, max_grad_norm=0.0)
@@ -80,19 +90,26 @@ def build(model_type: str, precision: str) -> tuple[Accelerator, nn.Module, PreT
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.5)
     model, optimizer = accelerator.prepare(CausalLMWithLoss(network), optimizer)
-    for seed in range(2):
+    parts = Parts(accelerator, model, network, optimizer)
+    train(parts, seeds=(0, 1))
+    return parts
+
+
+def train(parts: Parts, seeds: tuple[int, ...]) -> float:
+    """A step for each seed; returns the loss of the last."""
+    for seed in seeds:
         rows = torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
-        loss, _ = model(rows, rows)
-        accelerator.backward(loss / (2 * (LENGTH - 1)), **backward_options(accelerator))
-        optimizer.step()
-        optimizer.zero_grad()
-    return accelerator, model, network
+        loss, _ = parts.model(rows, rows)
+        mean = loss / (2 * (LENGTH - 1))
+        parts.accelerator.backward(mean, **backward_options(parts.accelerator))
+        parts.optimizer.step()
+        parts.optimizer.zero_grad()
+    return float(mean.detach())
 
 
-def export_case(
-    accelerator: Accelerator, model: nn.Module, network: PreTrainedModel, folder: Path
-) -> dict[str, Any]:
-    """Exports after an evaluation, which leaves FSDP2's weights whole; what this process saw."""
+def export_case(parts: Parts, folder: Path) -> dict[str, Any]:
+    """Exports between an evaluation and more training; returns what this process saw."""
+    accelerator, model, network, _ = parts
     model.eval()
     with torch.no_grad():
         model(torch.zeros(1, 4, dtype=torch.long))
@@ -100,6 +117,11 @@ def export_case(
     network.base_model.eval()  # one part is in another mode than the rest
     modes, random_state = [m.training for m in model.modules()], torch.get_rng_state()
     opened = export_model(accelerator, model, network, None, folder)
+    is_undisturbed = (
+        modes == [m.training for m in model.modules()],
+        torch.equal(random_state, torch.get_rng_state()),
+    )
+    model.train()
     return {
         "rank": accelerator.process_index,
         "processes": accelerator.num_processes,
@@ -107,8 +129,9 @@ def export_case(
         "split_weights": describe_split(network),
         "opened": None if opened is None else str(opened.device),
         "sample": None if opened is None else speak(accelerator, opened),
-        "modes_kept": modes == [m.training for m in model.modules()],
-        "random_state_kept": torch.equal(random_state, torch.get_rng_state()),
+        "modes_kept": is_undisturbed[0],
+        "random_state_kept": is_undisturbed[1],
+        "loss_afterwards": train(parts, seeds=(2, 3)),
     }
 
 
@@ -127,14 +150,13 @@ def describe_split(network: PreTrainedModel) -> str:
         return str(weight.placements)
     if hasattr(weight, "ds_id"):
         part: Any = weight
-        return f"{part.ds_tensor.numel()} of {part.ds_numel}"
+        return f"1/{part.ds_numel // part.ds_tensor.numel()}"
     return "master apart" if hasattr(weight, "_hp_mapping") else "whole"
 
 
-def fault_case(
-    accelerator: Accelerator, model: nn.Module, network: PreTrainedModel, folder: Path, fault: str
-) -> dict[str, Any]:
+def fault_case(parts: Parts, folder: Path, fault: str) -> dict[str, Any]:
     """What this process is told of a fault of rank 0."""
+    accelerator, model, network, _ = parts
     gather = export.gather_weights
 
     def save_nothing(*args: Any, **kwargs: Any) -> None:
@@ -167,18 +189,18 @@ def fault_case(
 
 def run_cases(folder: Path, cases: list[str]) -> None:
     """Runs the cases, such as `llama-fp32` or `disk_full`, one after the other."""
-    parts: tuple[Accelerator, nn.Module, PreTrainedModel] | None = None
+    parts: Parts | None = None
     for case in cases:
         if case in FAULTS:
             assert parts is not None
-            facts = fault_case(*parts, folder / "faults" / case / case, case)
-            rank = parts[0].process_index
+            facts = fault_case(parts, folder / "faults" / case / case, case)
+            rank = parts.accelerator.process_index
         else:
             parts = None
             forget_accelerator()
             parts = build(*case.split("-"))
-            facts = export_case(*parts, folder / case)
-            rank = parts[0].process_index
+            facts = export_case(parts, folder / case)
+            rank = parts.accelerator.process_index
         (folder / f"{case}.{rank}.json").write_text(json.dumps(facts), encoding="utf-8")
 
 

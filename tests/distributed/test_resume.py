@@ -286,6 +286,8 @@ def test_the_same_backend_goes_on_bit_for_bit_with_dropout(
     lab: Lab, backend: str, tmp_path: Path
 ) -> None:
     whole, again = lab.records[f"{backend}-dropout"], lab.records[f"{backend}-dropout-again"]
+    without = lab.records["tp" if backend == "tp" else "odd"]
+    assert whole["loss"]["1"] != without["loss"]["1"]
     for metric in ("loss", "grad_norm"):
         assert again[metric] == {step: whole[metric][step] for step in STEPS}
     before = read_state(lab.checkpoint(f"{backend}-dropout", END), tmp_path / "a")
