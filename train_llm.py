@@ -496,13 +496,16 @@ def export(run: Run, folder: Path) -> PreTrainedModel | None:
 def final_sample(run: Run, exported: PreTrainedModel | None) -> str | None:
     """What the exported model makes of the prompt, where one is given; None on other ranks.
 
-    The live one cannot speak alone on rank 0: its weights may lie on all of them.
+    The live one cannot speak alone on rank 0, where its weights lie on all of them.
     """
-    if run.tokenizer is None or run.arguments.sample_prompt is None or exported is None:
+    speaker = exported
+    if speaker is None and run.accelerator.num_processes == 1:  # memory was too short to open it
+        speaker = run.network
+    if run.tokenizer is None or run.arguments.sample_prompt is None or speaker is None:
         return None
     with run.accelerator.autocast():
         return generate_sample(
-            exported,
+            speaker,
             run.tokenizer,
             run.arguments.sample_prompt,
             max_new_tokens=run.arguments.sample_max_new_tokens,

@@ -14,7 +14,7 @@ def test_a_missing_folder_is_made(tmp_path: Path) -> None:
     assert list(output.path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "final", "train_log.jsonl"])
+@pytest.mark.parametrize("name", ["checkpoints", "final", "best", "train_log.jsonl"])
 def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("theirs")
     with pytest.raises(OutputError, match=f"holds {name}, but no arguments.json"):
