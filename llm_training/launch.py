@@ -270,4 +270,4 @@ def make_deterministic(device_type: str) -> None:
 
 def seed_everything(seed: int, *, rank: int = 0) -> None:
     """Seeds Python, NumPy and torch: all ranks alike to build weights, apart for dropout."""
-    set_seed(seed + rank)
+    set_seed((seed + rank) % 2**32)  # NumPy takes no larger ones

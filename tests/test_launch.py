@@ -170,6 +170,8 @@ def test_seeds() -> None:
     assert torch.equal(torch.rand(2), first)
     seed_everything(3, rank=1)
     assert not torch.equal(torch.rand(2), first)
+    seed_everything(2**32 - 1, rank=4)  # the largest seed, on a later rank
+    assert torch.equal(torch.rand(2), first)
 
 
 def test_cores_are_counted_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:

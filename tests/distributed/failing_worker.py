@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import train_llm
 from llm_training import ranks
@@ -36,6 +37,17 @@ def slow_data(*args, **kwargs):
     return prepare_as_it_is(*args, **kwargs)
 
 
+def other_folder(accelerator, folder):
+    """As if each rank were a machine, and the faulty one did not see the output folder."""
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    ranks.SHARED_FOLDER_SECONDS = 2.0
+    if IS_FAULTY:
+        Path.exists = lambda path: False
+    shared_as_it_is(accelerator, folder)
+
+
+if FAULT == "other_folder":
+    shared_as_it_is, train_llm.find_shared_folder = train_llm.find_shared_folder, other_folder
 train_llm.optimizer_step = faulty_step
 train_llm.prepare_data = slow_data
 ranks.leave(train_llm.main(parse_arguments(sys.argv[4:])))

@@ -117,6 +117,17 @@ def test_data_that_fails_ends_all_with_one_report(settings: list[str]) -> None:
     assert all("first process of this machine failed" in word for word in words[1:])
 
 
+def test_a_machine_that_does_not_see_the_output_folder_ends_all(
+    settings: list[str], tmp_path: Path
+) -> None:
+    failed = fail("ddp", "other_folder", 0, 1, *settings)
+    assert failed.returncode != 0
+    words = [line for line in failed.stderr.splitlines() if line.startswith("train_llm.py: ")]
+    assert len(words) == 1  # what both meet is told once
+    assert "not the same folder on every machine: 1 of 2 processes" in words[0]
+    assert not list((tmp_path / "run").glob(".shared_*"))
+
+
 def test_a_rank_that_hangs_is_named_and_ends_the_run(
     hung: Future[tuple[subprocess.CompletedProcess, float]],
 ) -> None:
