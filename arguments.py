@@ -57,9 +57,10 @@ class DataArguments:
 
     train_file: list[str] = arg(
         [],
-        "Training data: files, folders or globs (text and source code, .jsonl, .json, .parquet,"
-        " .csv, .bin). ${NAME} is the environment's NAME; ${PYTHON_STDLIB} is Python's own library"
-        " source.",
+        "Training data: files, folders or globs (text and source code, .jsonl, .json, .csv,"
+        " .parquet, .arrow, and these compressed as .gz, .bz2, .xz or .zst; token files .bin or"
+        " .npy, or a folder that holds train.bin). ${NAME} is the environment's NAME;"
+        " ${PYTHON_STDLIB} is Python's own library source.",
     )
     validation_file: list[str] = arg(
         [], "Validation data, like train_file; null: split off the training data."
@@ -67,17 +68,68 @@ class DataArguments:
     exclude_files: list[str] = arg(
         [], "Glob patterns of paths that folders and globs leave out, such as */site-packages/*."
     )
-    skip_bad_files: bool = arg(
-        False,
-        "Leave out files of folders and globs that are empty or not UTF-8 text, counted and named;"
-        " off: stop at them.",
-    )
     dataset_name: str | None = arg(
         None,
         "Dataset for datasets.load_dataset in place of train_file: a hub id or a local folder.",
     )
     dataset_config_name: str | None = arg(None, "Configuration of that dataset.")
+    dataset_split: str = arg(
+        "train", "Its split to train on, as the datasets library writes it: train[:1000]."
+    )
+    dataset_validation_split: str | None = arg(
+        None, "Its split to validate on; null: the one called validation, if there is one."
+    )
+    dataset_revision: str | None = arg(
+        None, "Its branch, tag or commit on the hub; null: the newest."
+    )
+    streaming: bool = arg(
+        False,
+        "Read that dataset while training, for one that fits on no disk; needs max_steps.",
+    )
+    shuffle_buffer_size: int = arg(
+        1024, "Rows that are read ahead and mixed when streaming; 1: the order of the dataset."
+    )
+    train_mixture: dict[str, Any] = arg(
+        {},
+        "Several sources mixed by weight, in place of train_file: a JSON object that gives each"
+        ' source a name, such as {"code": {"train_file": "src", "weight": 3}, ...}; what it does'
+        " not set itself is as above.",
+    )
     text_column: str = arg("text", "Column or JSON key that holds the text.")
+    messages_column: str | None = arg(
+        None,
+        "Column that holds conversations (lists of role and content): only the assistant's turns"
+        " are learned.",
+    )
+    prompt_column: str | None = arg(
+        None, "Column that holds what the user says, where each row is one question and answer."
+    )
+    completion_column: str | None = arg(
+        None, "Column that holds the answer to prompt_column; only it is learned."
+    )
+    chat_template: str | None = arg(
+        None,
+        "Chat template for conversations: a Jinja file or text; null: the tokenizer's own.",
+    )
+    document_separator: Literal["file", "line", "blank_line"] = arg(
+        "file", "What parts text files into documents: nothing, each line, or blank lines."
+    )
+    min_document_characters: int = arg(
+        0, "Documents of fewer characters are left out, counted and named."
+    )
+    drop_duplicates: bool = arg(
+        False, "Leave out documents that are equal to an earlier one, counted and named."
+    )
+    skip_bad_files: bool = arg(
+        False,
+        "Leave out files of folders and globs that are empty or not UTF-8 text, counted and named;"
+        " off: stop at them.",
+    )
+    skip_bad_documents: bool = arg(
+        False,
+        "Leave out lines and rows that cannot be read or hold no text, counted and named; off:"
+        " stop at them.",
+    )
     validation_split_percentage: float = arg(
         5.0,
         "Percent of the training documents kept for validation when no validation data is given.",
@@ -88,8 +140,27 @@ class DataArguments:
         " null: the one of model_name_or_path.",
     )
     vocab_size: int = arg(8192, "Tokens in the vocabulary of a bpe tokenizer made from the data.")
+    bpe_min_frequency: int = arg(
+        0, "Times that a pair must occur to become a token of that vocabulary."
+    )
+    special_tokens: list[str] = arg(
+        [], "Further special tokens of a tokenizer made from the data, beside <|endoftext|>."
+    )
     block_size: int | None = arg(
         None, "Tokens in a row; null: the model's longest row, at most 1024."
+    )
+    packing: Literal["stream", "best_fit"] | None = arg(
+        None,
+        "stream: all documents end to end, cut into rows; best_fit: rows of whole documents,"
+        " padded; null: best_fit for conversations, else stream.",
+    )
+    document_mask: bool | None = arg(
+        None,
+        "Tokens see only their own document, and its positions start at 0; null: on for"
+        " conversations, else off.",
+    )
+    leakage_report: bool = arg(
+        True, "Count the validation documents and 13-grams that also occur in training."
     )
     cache_dir: str = arg(
         "token_cache", "Folder for tokenized data, built once and used again by later runs."
@@ -186,6 +257,12 @@ class CheckpointArguments:
         False,
         "Continue with the checkpoint's weights and position but a new optimizer, where its state"
         " cannot be read.",
+    )
+    allow_resume_change: list[str] = arg(
+        [],
+        "What may differ from the checkpoint that is continued: data, block_size,"
+        " global_batch_size, seed. The curve is then another one.",
+        choices=("data", "block_size", "global_batch_size", "seed"),
     )
 
 
@@ -319,6 +396,35 @@ def _kind(field: dataclasses.Field[Any], hint: Any) -> Kind:
 
 HINTS = get_type_hints(Arguments)  # not field.type, which HfArgumentParser overwrites
 KINDS = {field.name: _kind(field, HINTS[field.name]) for field in dataclasses.fields(Arguments)}
+
+
+# What a source of train_mixture may set for itself, beside its weight.
+SOURCE_ARGUMENTS = (
+    *("train_file", "validation_file", "exclude_files", "dataset_name", "dataset_config_name"),
+    *("dataset_split", "dataset_validation_split", "dataset_revision", "text_column"),
+    *("messages_column", "prompt_column", "completion_column", "document_separator"),
+    *("min_document_characters", "drop_duplicates", "skip_bad_files", "skip_bad_documents"),
+    "validation_split_percentage",
+)
+
+
+def mixture_sources(arguments: Arguments) -> dict[str, Arguments]:
+    """The arguments of each source by its name; without a mixture, the arguments as they are."""
+    if not arguments.train_mixture:
+        return {"": arguments}
+    return {
+        name: dataclasses.replace(
+            arguments,
+            train_mixture={},
+            **{key: value for key, value in source.items() if key != "weight"},
+        )
+        for name, source in arguments.train_mixture.items()
+    }
+
+
+def holds_conversations(arguments: DataArguments) -> bool:
+    """Whether the columns named are those of conversations."""
+    return any((arguments.messages_column, arguments.prompt_column, arguments.completion_column))
 
 
 def describe(arguments: Arguments) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from arguments import Arguments, describe, resolve_batch_sizes
+from arguments import Arguments, BatchSizes, describe, resolve_batch_sizes
 from llm_training.argument_parsing import parse_arguments
 
 if __name__ == "__main__":
@@ -36,7 +36,10 @@ from llm_training.checkpointing import (
     find_checkpoint,
 )
 from llm_training.data import DataError, PreparedData, prepare_data
-from llm_training.data.dataset import Batch, TokenRows, TrainingWindows, validation_rows
+from llm_training.data.dataset import TrainingWindows, train_rows, validation_rows
+from llm_training.data.rows import Batch, Rows
+from llm_training.data.streaming import StreamWindows
+from llm_training.document_mask import DocumentMaskError, check_document_mask
 from llm_training.evaluation import evaluate
 from llm_training.export import ExportError, export_model
 from llm_training.generation import generate_sample
@@ -78,12 +81,15 @@ from llm_training.ranks import (
     tensor_parallel_size,
 )
 from llm_training.reporting import (
+    full_ledger,
     model_line,
     provenance,
     resume_lines,
+    row_lines,
     summary_lines,
 )
 from llm_training.state import TrainState
+from llm_training.streams import TrainingStream, streamed_validation
 from llm_training.throughput import Throughput
 from llm_training.tracking import (
     Tracking,
@@ -97,6 +103,7 @@ from llm_training.tracking import (
 EXPECTED_ERRORS = (
     CheckpointError,
     DataError,
+    DocumentMaskError,
     ExportError,
     LaunchError,
     ModelError,
@@ -122,8 +129,9 @@ class Run:
     network: PreTrainedModel
     optimizer: AcceleratedOptimizer
     tokenizer: PreTrainedTokenizerBase | None
-    windows: TrainingWindows
-    validation: TokenRows | None
+    windows: TrainingWindows | StreamWindows
+    ledger: dict[str, Any]
+    validation: Rows | None
     checkpoints: CheckpointFolder
     checkpoint: Checkpoint | None
     state: TrainState
@@ -190,15 +198,19 @@ def build_run(arguments: Arguments, output: OutputFolder) -> Run:
     accelerator = build_accelerator(arguments, launch, batch=batch)
     checkpoint = open_output(arguments, accelerator, output)
     data, config, block_size = build_data(arguments, accelerator)
-    if data.train is None:
+    rows = train_rows(data, arguments, block_size)
+    if rows is None and not arguments.streaming:
         raise DataError("There is no training data: give --train_file or --dataset_name.")
-    rows = TokenRows(data.train.tokens, block_size, keep_last=False)
-    validation = validation_rows(data.validation, block_size) if arguments.eval_steps else None
-    plan = make_plan(arguments, batch, rows)
+    validation = build_validation(arguments, accelerator, data, block_size, batch)
+    state = checkpoint.read_state() if checkpoint else TrainState(seed=0)
+    done = {"done_steps": state.step, "done_samples": state.samples}
+    plan = make_plan(arguments, batch, rows, block_size, **done)
 
-    drawn_seed = checkpoint.read_state().seed if checkpoint else None
+    drawn_seed = state.seed if checkpoint else None
     seed = agree_on_seed(drawn_seed if arguments.seed is None else arguments.seed)
     seed_everything(seed)
+    state.seed = seed
+    windows, data_mark = build_windows(arguments, accelerator, data, plan, state)
     network = CausalLMWithLoss(build_model(config, arguments, tp_size=launch.tp_size))
     check_row_split(network.model, block_size, launch.cp_size)
     optimizer = build_optimizer(network, arguments, accelerator.device.type)
@@ -207,19 +219,21 @@ def build_run(arguments: Arguments, output: OutputFolder) -> Run:
         accelerator,
         output.checkpoints,
         arguments.save_total_limit,
-        identity=run_identity(plan, data, network, seed),
+        identity=run_identity(plan, data_mark, network, seed),
         about=redact(describe(arguments) | facts),
     )
+    ledger = full_ledger(data, rows, validation)
+    lines = [*data.lines(), *row_lines(rows, validation), model_line(accelerator, network)]
+    lines += plan.lines()
     if checkpoint:
-        checkpoints.check(checkpoint, plan.total_steps)
-    lines = [*data.ledger.lines(), model_line(accelerator, network), *plan.lines()]
-    if checkpoint:
+        allowed = checkpoints.check(checkpoint, plan.total_steps, arguments.allow_resume_change)
         changed = output.changed_arguments(arguments)
-        lines += resume_lines(checkpoint.path, checkpoint.step, changed)
+        lines += [*resume_lines(checkpoint.path, checkpoint.step, changed), *allowed]
     accelerator.print("\n".join(lines), flush=True)
 
     model, optimizer = accelerator.prepare(network, optimizer)
     limit_waiting(arguments.ddp_timeout)
+    try_document_mask(accelerator, model, network, windows, plan)
     tracking = Tracking(
         accelerator,
         arguments,
@@ -235,11 +249,12 @@ def build_run(arguments: Arguments, output: OutputFolder) -> Run:
         network=network.model,
         optimizer=optimizer,
         tokenizer=data.tokenizer,
-        windows=build_windows(accelerator, plan, rows, seed),
+        windows=windows,
+        ledger=ledger,
         validation=validation,
         checkpoints=checkpoints,
         checkpoint=checkpoint,
-        state=checkpoint.read_state() if checkpoint else TrainState(seed=seed),
+        state=state,
         tracking=tracking,
         output=output,
         facts=facts,
@@ -276,29 +291,76 @@ def build_data(
     return data, config, block_size
 
 
+def build_validation(
+    arguments: Arguments,
+    accelerator: Accelerator,
+    data: PreparedData,
+    block_size: int,
+    batch: BatchSizes,
+) -> Rows | None:
+    """The rows that the model is judged on, where it is."""
+    if arguments.eval_steps is None and not arguments.eval_only:
+        return None
+    rows = validation_rows(data, arguments, block_size)
+    if rows is None and arguments.streaming:
+        num_rows = (arguments.eval_max_batches or 1) * batch.global_batch
+        rows = streamed_validation(arguments, accelerator, data, block_size, num_rows)
+    return rows
+
+
 def build_windows(
-    accelerator: Accelerator, plan: Plan, rows: TokenRows, seed: int
-) -> TrainingWindows:
-    """This rank's share of every step."""
+    arguments: Arguments,
+    accelerator: Accelerator,
+    data: PreparedData,
+    plan: Plan,
+    state: TrainState,
+) -> tuple[TrainingWindows | StreamWindows, str]:
+    """This rank's share of every step, and what marks the data that it is of."""
+    if plan.rows is None:
+        stream = TrainingStream(
+            arguments, accelerator, data, plan.block_size, seed=state.seed, state=state
+        )
+        return stream.windows(plan.batch, plan.num_samples), stream.fingerprint[:12]
     rank, num_ranks = data_parallel(accelerator)
-    return TrainingWindows(
-        rows=rows,
-        seed=seed,
+    windows = TrainingWindows(
+        rows=plan.rows,
+        seed=state.seed,
         num_samples=plan.num_samples,
         micro_batch_size=plan.batch.per_device,
         num_micro_batches=plan.batch.accumulation,
         rank=rank,
         num_ranks=num_ranks,
     )
+    return windows, " ".join([data.fingerprint[:12], *plan.rows.marks])
+
+
+def try_document_mask(
+    accelerator: Accelerator,
+    model: nn.Module,
+    network: CausalLMWithLoss,
+    windows: TrainingWindows | StreamWindows,
+    plan: Plan,
+) -> None:
+    """Makes sure that documents do not see each other, where they must not."""
+    if not windows.document_mask:
+        return
+    check_document_mask(
+        accelerator,
+        model,
+        batch_size=plan.batch.per_device,
+        block_size=plan.block_size,
+        vocab_size=network.config.vocab_size,
+        kernel=network.config._attn_implementation,
+    )
 
 
 def run_identity(
-    plan: Plan, data: PreparedData, network: CausalLMWithLoss, seed: int
+    plan: Plan, data_mark: str, network: CausalLMWithLoss, seed: int
 ) -> dict[str, Any]:
     """What a checkpoint must share with the run that continues it."""
     return {
         "model": model_fingerprint(network),
-        "data": data.fingerprint[:12],
+        "data": data_mark,
         "seed": seed,
         "block_size": plan.block_size,
         "global_batch_size": plan.batch.global_batch,
@@ -314,7 +376,7 @@ def resume(run: Run) -> None:
     Nothing may draw a random number between this and the first step: it would change the run.
     """
     if run.accelerator.is_main_process:
-        run.output.write_opening(run.arguments, run.facts)
+        run.output.write_opening(run.arguments, run.facts, run.ledger)
     rank = run.accelerator.process_index // tensor_parallel_size(run.accelerator)
     seed_everything(run.state.seed, rank=rank)
     if run.checkpoint:
@@ -344,6 +406,7 @@ def train(run: Run) -> None:
         loss_sum, grad_norm = optimizer_step(run, window, num_tokens)
 
         num_samples = min(plan.batch.global_batch, plan.num_samples - state.samples)
+        state.note_samples(run.windows.sample_ids(state.samples))
         state.step += 1
         state.samples += num_samples
         state.tokens += num_tokens
@@ -361,6 +424,7 @@ def train(run: Run) -> None:
         if is_best:
             export(run, run.output.best)
         if is_due(state.step, arguments.save_steps) or is_last or is_best:
+            state.stream = run.windows.state(state.samples)
             with run.meter.paused():
                 run.checkpoints.save(state, is_best=is_best)
 
@@ -424,9 +488,10 @@ def log_progress(run: Run, learning_rate: float, grad_norm: float) -> None:
         "train/loss": state.logged_loss_sum / max(1, state.logged_tokens),
         "train/grad_norm": grad_norm,
         "train/learning_rate": learning_rate,
-        "train/epoch": state.samples / run.plan.num_rows,
         "train/tokens": state.tokens,
     }
+    if (epoch := run.plan.epoch(state.samples)) is not None:
+        metrics["train/epoch"] = epoch
     if (speed := run.meter.read()) is not None:
         metrics["perf/tokens_per_second"] = speed
     state.logged_loss_sum, state.logged_tokens = 0.0, 0
@@ -456,19 +521,23 @@ def evaluate_and_log(run: Run) -> bool:
 def tracked(run: Run) -> Iterator[None]:
     """Closes the trackers with how it really went."""
     output = run.output
-    artifacts = [output.arguments, output.provenance, output.log]
+    artifacts = [output.arguments, output.provenance, output.ledger, output.log]
     try:
         yield
     except BaseException as error:
         killed = isinstance(error, KeyboardInterrupt)
         run.tracking.finish("KILLED" if killed else "FAILED", artifacts)
         raise
+    finally:
+        run.windows.close()
     run.tracking.finish("FINISHED", [*artifacts, output.result])
 
 
 def finish(run: Run) -> None:
     """Exports the model, lets it speak, and says how the run ended."""
     accelerator, state = run.accelerator, run.state
+    for line in run.windows.account_lines():
+        run.tracking.say(line)
     exported = export(run, run.output.final)
     result = {
         "step": state.step,
@@ -522,7 +591,7 @@ def evaluate_only(arguments: Arguments) -> None:
     output = OutputFolder(str(arguments.output_dir))
     checkpoint, passed_over = find_checkpoint(output.checkpoints, arguments.resume_from_checkpoint)
     data, config, block_size = build_data(arguments, accelerator)
-    validation = validation_rows(data.validation, block_size)
+    validation = build_validation(arguments, accelerator, data, block_size, batch)
     if validation is None:
         raise DataError("There is no validation data: give --validation_file.")
     seed_everything(agree_on_seed(arguments.seed))

@@ -104,6 +104,8 @@ REFUSALS = {
     ("tp", "gpt2"): "transformers has no plan for gpt2",
     ("cp", "gpt2"): "Rows cannot be shared by ranks in gpt2",
 }
+# Refused before anything starts: ranks that share a row know no documents.
+UNTRAINED_VARIANTS = {"cp": ("masked",)}
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ class Case:
         accumulation: micro-batches of each process in a step.
         precision: "fp32" or "bf16".
         variant: "", "checkpointed" (activations computed twice), "resumed" (from the checkpoint at
-            `RESUMED_STEP` that the plain case leaves) or "compiled".
+            `RESUMED_STEP` that the plain case leaves), "masked" (documents of a row do not see each
+            other) or "compiled".
     """
 
     model: str
@@ -132,13 +135,15 @@ class Case:
     @property
     def reference(self) -> Case:
         """The case of one process that this one must equal."""
-        return Case(self.model, 1, self.precision)
+        variant = self.variant if self.variant == "masked" else ""  # that one is another run
+        return Case(self.model, 1, self.precision, variant)
 
 
 CASES = (
     *(Case(model, accumulation) for model in MODELS for accumulation in (1, 2, 4)),
     Case("llama", 2, variant="checkpointed"),
     Case("llama", 2, variant="resumed"),
+    Case("llama", 2, variant="masked"),
     *(Case(model, 2, "bf16") for model in MODELS),
 )
 COMPILED_CASES = tuple(Case(model, 2, variant="compiled") for model in MODELS)
@@ -235,7 +240,9 @@ def cases_of(backend: str) -> tuple[Case, ...]:
     if backend == "single":
         return tuple(dict.fromkeys([*(case.reference for case in CASES), *CASES]))
     refused = {model for name, model in REFUSALS if name == backend}
-    return tuple(c for c in CASES if c.model not in refused or c == c.reference)
+    left_out = UNTRAINED_VARIANTS.get(backend, ())
+    cases = [c for c in CASES if c.variant not in left_out]
+    return tuple(c for c in cases if c.model not in refused or c == c.reference)
 
 
 def run_backend(backend: str, cases: Sequence[Case], folder: Path) -> dict[str, Record]:
@@ -273,6 +280,7 @@ def words_of(case: Case, run_file: Path, output: Path) -> list[str]:
         "mixed_precision": case.precision,
         "gradient_checkpointing": case.variant == "checkpointed",
         "torch_compile": case.variant == "compiled",
+        "document_mask": case.variant == "masked",
         "output_dir": run_folder,
     }
     if replace(left_by, variant="resumed") in CASES:

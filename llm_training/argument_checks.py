@@ -12,7 +12,14 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from arguments import KINDS, Arguments, batch_problems
+from arguments import (
+    KINDS,
+    Arguments,
+    batch_problems,
+    describe,
+    holds_conversations,
+    mixture_sources,
+)
 from llm_training.launch_checks import launch_problems
 from llm_training.launch_settings import LaunchSettings
 
@@ -22,7 +29,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "0 or more",
         lambda x: x >= 0,
-        "weight_decay warmup_steps early_stopping_min_delta sample_temperature",
+        "weight_decay warmup_steps early_stopping_min_delta sample_temperature"
+        " min_document_characters bpe_min_frequency",
     ),
     (
         "1 or more",
@@ -30,7 +38,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "max_steps lr_decay_steps save_steps save_total_limit logging_steps num_threads"
         " per_device_train_batch_size gradient_accumulation_steps global_batch_size"
         " eval_steps eval_max_batches per_device_eval_batch_size early_stopping_patience"
-        " sample_max_new_tokens ddp_timeout",
+        " sample_max_new_tokens ddp_timeout shuffle_buffer_size",
     ),
     ("2 or more", lambda x: x >= 2, "block_size"),
     ("257 or more, for 256 bytes and a special token", lambda x: x >= 257, "vocab_size"),
@@ -38,6 +46,13 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("at least 0 and less than 1", lambda x: 0 <= x < 1, "dropout adam_beta1 adam_beta2"),
     ("from 0 to 50", lambda x: 0 <= x <= 50, "validation_split_percentage"),
     ("from 0 to 4294967295", lambda x: 0 <= x < 2**32, "seed"),
+)
+
+
+DEFAULTS = describe(Arguments())
+_DATASET_ARGUMENTS = (
+    *("dataset_config_name", "dataset_split", "dataset_validation_split", "dataset_revision"),
+    "streaming",
 )
 
 
@@ -50,6 +65,8 @@ def find_problems(arguments: Arguments, launch: LaunchSettings) -> list[str]:
     rules = (
         *_model_problems(arguments),
         *_data_problems(arguments),
+        *_streaming_problems(arguments),
+        *_document_mask_problems(arguments, launch),
         *_path_problems(arguments),
         *_folder_problems(arguments),
         *batch_problems(arguments, launch.data_parallel_size),
@@ -85,27 +102,111 @@ def _model_problems(arguments: Arguments) -> Iterator[str]:
 
 
 def _data_problems(arguments: Arguments) -> Iterator[str]:
+    if arguments.train_mixture:
+        for name in ("train_file", "dataset_name"):
+            if value := getattr(arguments, name):
+                both = f"train_mixture and {name}={shown(value)}"
+                yield f"{both} exclude each other: name the data in the sources, or drop the first"
+    for source, own in mixture_sources(arguments).items():
+        prefix = f"train_mixture, source {source}: " if source else ""
+        yield from (prefix + problem for problem in _source_problems(own))
+    yield from _tokenizer_problems(arguments)
+
+
+def _source_problems(arguments: Arguments) -> Iterator[str]:
     files, dataset = arguments.train_file, arguments.dataset_name
     if files and dataset:
         yield f"train_file={shown(files)} and dataset_name={dataset} exclude each other: keep one"
     if not files and not dataset and not arguments.eval_only:
-        yield "no data: give train_file (files, folders or globs) or dataset_name"
-    files = files + arguments.validation_file
-    if not files and not dataset and arguments.eval_only:
+        yield "no data: give train_file (files, folders or globs), dataset_name or train_mixture"
+    if not files + arguments.validation_file and not dataset and arguments.eval_only:
         yield "no data for eval_only: give validation_file, or train_file or dataset_name"
-    has_only_tokens = bool(files) and all(path.endswith(".bin") for path in files)
-    if arguments.model_type and not arguments.tokenizer_name and not has_only_tokens:
+    for name in _DATASET_ARGUMENTS if dataset is None else ():
+        value = getattr(arguments, name)
+        if value not in (None, False, DEFAULTS[name]):
+            yield f"{name}={shown(value)} has no effect without dataset_name: drop it, or give that"
+    prompt, completion = arguments.prompt_column, arguments.completion_column
+    if (prompt is None) != (completion is None):
+        given = f"prompt_column={prompt}" if prompt else f"completion_column={completion}"
+        missing = "completion_column" if prompt else "prompt_column"
+        yield f"{given} needs {missing}: one holds what the user says, the other the answer"
+    if arguments.messages_column and (prompt or completion):
+        both = f"messages_column={arguments.messages_column} and prompt_column={prompt}"
+        yield f"{both} exclude each other: keep the one that the data has"
+
+
+def _tokenizer_problems(arguments: Arguments) -> Iterator[str]:
+    name, made_here = arguments.tokenizer_name, ("char", "byte", "bpe")
+    sources = mixture_sources(arguments).values()
+    files = [path for own in sources for path in own.train_file + own.validation_file]
+    has_only_tokens = bool(files) and all(_holds_tokens(path) for path in files)
+    if arguments.model_type and not name and not has_only_tokens:
         advice = (
             "set tokenizer_name to char, byte or bpe, made from the data, or a folder or hub id"
         )
         yield f"model_type={arguments.model_type} comes without a tokenizer: {advice}"
+    if any(holds_conversations(own) for own in sources) and name in made_here:
+        advice = "name a tokenizer that knows the turns of a conversation: a folder or hub id"
+        yield f"tokenizer_name={name} has no chat template for conversations: {advice}"
+    if arguments.chat_template and not any(holds_conversations(own) for own in sources):
+        advice = "name messages_column, or prompt_column and completion_column, or drop it"
+        yield f"chat_template={shown(arguments.chat_template)} has no effect on text: {advice}"
+    if arguments.special_tokens and name not in made_here:
+        tokens = shown(arguments.special_tokens)
+        advice = "they belong to tokenizers made here (char, byte or bpe); drop them"
+        yield f"special_tokens={tokens} with tokenizer_name={shown(name)}: {advice}"
+
+
+def _holds_tokens(path: str) -> bool:
+    """Whether a file, or a folder such as nanoGPT's, holds token ids in place of text."""
+    places = [os.path.join(path, folder, "train") for folder in ("", "processed")]
+    files = [place + ending for place in places for ending in (".bin", ".npy")]
+    return path.endswith((".bin", ".npy")) or any(os.path.isfile(file) for file in files)
+
+
+def _streaming_problems(arguments: Arguments) -> Iterator[str]:
+    if not arguments.streaming:
+        if arguments.shuffle_buffer_size != DEFAULTS["shuffle_buffer_size"]:
+            size = arguments.shuffle_buffer_size
+            yield f"shuffle_buffer_size={size} has no effect without streaming: drop it"
+        return
+    if arguments.max_steps is None:
+        yield "streaming=true needs max_steps: a stream has no end that is known beforehand"
+    for name in ("train_mixture", "drop_duplicates", "min_document_characters"):
+        if value := getattr(arguments, name):
+            advice = "drop it, or prepare the data without streaming"
+            yield f"{name}={shown(value)} and streaming=true exclude each other: {advice}"
+    reads_split = arguments.dataset_name and not arguments.validation_file
+    if arguments.eval_steps is not None and reads_split and arguments.eval_max_batches is None:
+        yield (
+            "eval_steps with streaming=true needs eval_max_batches, which says how much of the"
+            " dataset's validation split is read: give it, a validation_file, or eval_steps null"
+        )
+    if arguments.tokenizer_name in ("char", "bpe"):
+        advice = "name one that exists (a folder or hub id), or byte"
+        yield (
+            f"tokenizer_name={arguments.tokenizer_name} is made from all of the data, which"
+            f" streaming=true never holds: {advice}"
+        )
+
+
+def _document_mask_problems(arguments: Arguments, launch: LaunchSettings) -> Iterator[str]:
+    by_default = any(holds_conversations(own) for own in mixture_sources(arguments).values())
+    is_on = by_default if arguments.document_mask is None else arguments.document_mask
+    if is_on and launch.cp_size > 1:
+        yield (
+            f"document_mask={shown(arguments.document_mask)} is on, but"
+            f" parallelism_config_cp_size={launch.cp_size} splits rows over ranks, whose attention"
+            " knows no documents: set document_mask to false, or cp_size to 1"
+        )
 
 
 def _path_problems(arguments: Arguments) -> Iterator[str]:
-    for name in ("train_file", "validation_file"):
-        for path in getattr(arguments, name):
-            if not re.search(r"[*?\[]", path) and not os.path.exists(path):
-                yield _missing(name, path)
+    for own in mixture_sources(arguments).values():
+        for name in ("train_file", "validation_file"):
+            for path in getattr(own, name):
+                if not re.search(r"[*?\[]", path) and not os.path.exists(path):
+                    yield _missing(name, path)
     for name in ("model_name_or_path", "tokenizer_name", "dataset_name"):
         path = getattr(arguments, name) or ""
         cannot_be_hub_id = path.startswith((".", "/")) or path.count("/") > 1
@@ -150,7 +251,10 @@ def _schedule_problems(arguments: Arguments) -> Iterator[str]:
 
 
 def _evaluation_problems(arguments: Arguments) -> Iterator[str]:
-    can_validate = arguments.validation_file or arguments.validation_split_percentage > 0
+    can_validate = any(
+        own.validation_file or own.validation_split_percentage > 0
+        for own in mixture_sources(arguments).values()
+    )
     for name in ("save_best", "early_stopping_patience", "eval_only"):
         value = getattr(arguments, name)
         wish = f"{name}={shown(value)}"

@@ -21,7 +21,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from arguments import GROUPS, KINDS, Arguments, Kind, describe, resolve_batch_sizes
+from arguments import (
+    GROUPS,
+    KINDS,
+    SOURCE_ARGUMENTS,
+    Arguments,
+    Kind,
+    describe,
+    resolve_batch_sizes,
+)
 from llm_training.argument_checks import find_problems, names_in, shown
 from llm_training.launch_settings import LaunchSettings, read_launch_settings
 
@@ -187,7 +195,8 @@ def _values(settings: Mapping[str, Setting], problems: list[str]) -> dict[str, A
             value = _expanded(given)
             if origin == FLAG:
                 value = _flag_value(name, value)
-            values[name] = _convert(KINDS[name], value)
+            converted = _convert(KINDS[name], value)
+            values[name] = _mixture(converted) if name == "train_mixture" else converted
         except ValueError as error:
             problems.append(f"{name} ({origin}): {error}")
     return values
@@ -274,6 +283,31 @@ def _convert(kind: Kind, value: Any) -> Any:
     if not fits:
         raise ValueError(f"takes {kind.form}, not {shown(value)}{_advice(kind, value)}")
     return float(value) if kind.type is float else value
+
+
+def _mixture(sources: dict[str, Any]) -> dict[str, Any]:
+    """The sources of `train_mixture`, each as its own arguments take it.
+
+    Raises:
+        ValueError: with the first that does not fit.
+    """
+    kinds = {name: KINDS[name] for name in SOURCE_ARGUMENTS} | {"weight": Kind(float, False, ())}
+    converted = {}
+    for source, settings in sources.items():
+        if not isinstance(settings, dict):
+            example = '{"train_file": "folder", "weight": 1}'
+            raise ValueError(f"{source} takes an object like {example}, not {shown(settings)}")
+        converted[source] = {"weight": 1.0}
+        for name, value in settings.items():
+            if name not in kinds:
+                close = difflib.get_close_matches(name, kinds, n=1)
+                advice = f"did you mean {close[0]}?" if close else f"it may set {', '.join(kinds)}"
+                raise ValueError(f"{source} cannot set {name}; {advice}")
+            try:
+                converted[source][name] = _convert(kinds[name], value)
+            except ValueError as error:
+                raise ValueError(f"{source}, {name} {error}") from None
+    return converted
 
 
 def _is_finite(value: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
+from arguments import KINDS
 from llm_training.durable import flush, flush_tree, point_to, write_json
 from llm_training.model_state import (
     CheckpointError,
@@ -40,6 +42,8 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TRAIN_STATE = "train_state.json"
 STEP_NAME = re.compile(r"step-(\d{8,})")
+# What may differ where --allow_resume_change says so.
+RESUME_CHANGES = KINDS["allow_resume_change"].choices
 
 
 @dataclass(frozen=True)
@@ -216,23 +220,39 @@ class CheckpointFolder:
             )
         return _load_lines(there, here, optimizer is not None, reset_optimizer)
 
-    def check(self, checkpoint: Checkpoint, total_steps: int | None = None) -> None:
+    def check(
+        self,
+        checkpoint: Checkpoint,
+        total_steps: int | None = None,
+        allowed: Sequence[str] = (),
+    ) -> list[str]:
         """Makes sure that `checkpoint` is one of this run.
+
+        Args:
+            total_steps: of the run that wants to go on from it.
+            allowed: what of `identity` may differ.
+
+        Returns:
+            A line for a person for each difference that is allowed.
 
         Raises:
             CheckpointError: it is of another model, other data, another seed, ..., with every
                 difference; or it lies beyond the `total_steps` asked for.
         """
         written = checkpoint.manifest["identity"]
-        differences = [
-            f"{name}: {written.get(name)} there, {value} here"
+        differences = {
+            name: f"{name}: {written.get(name)} there, {value} here"
             for name, value in self.identity.items()
             if written.get(name) != value
-        ]
-        if differences:
+        }
+        if refused := [text for name, text in differences.items() if name not in allowed]:
+            can_be_allowed = differences.keys() <= {*RESUME_CHANGES}
+            names = " ".join(differences)
+            permit = f", or --allow_resume_change {names}" if can_be_allowed else ""
             raise CheckpointError(
-                f"{checkpoint.path} belongs to another run ({'; '.join(differences)}). Give another"
-                " --output_dir or --run_name to start anew, or the settings of that run to go on."
+                f"{checkpoint.path} belongs to another run ({'; '.join(refused)}). Give another"
+                " --output_dir or --run_name to start anew, or the settings of that run to go on"
+                f"{permit}."
             )
         if total_steps is not None and checkpoint.step > total_steps:
             raise CheckpointError(
@@ -240,6 +260,9 @@ class CheckpointFolder:
                 " asked for. Give a larger --max_steps to go on, or another --run_name or"
                 " --output_dir to start anew."
             )
+        return [
+            f"Allowed  {text}: the curve is another one from here" for text in differences.values()
+        ]
 
     def set_aside_newer(self, checkpoint: Checkpoint) -> None:
         """Renames what lies beyond `checkpoint`: damaged, or a future this run will not have."""

@@ -62,7 +62,9 @@ class CausalLMWithLoss(nn.Module):
             labels: (B, T) int64, unshifted, -100 where nothing is predicted.
             next_tokens: (B, T) int64 in place of labels: they are shifted already, as they must be
                 where ranks share the positions of a row.
-            position_ids: (B, T) int64, where `input_ids` are not the beginning of the row.
+            position_ids: (B, T) int64, where they are not 0 to T - 1: where ranks share a row, and
+                under a document mask, where they begin at 0 in each document. Attention then stays
+                within the documents: transformers tells them apart by these numbers.
             count_correct: whether the likeliest guesses are compared with the labels.
 
         Returns:
@@ -70,13 +72,22 @@ class CausalLMWithLoss(nn.Module):
             tokens were guessed right (scalar int64) or None. Without labels the logits (B, T, V),
             and None.
         """
-        logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+        logits = self._logits(input_ids, position_ids)
         if labels is not None:
             next_tokens = shift_labels(labels)
         if next_tokens is None:
             return logits, None
         correct = count_correct_tokens(logits, next_tokens) if count_correct else None
         return token_loss_sum(logits, next_tokens), correct
+
+    def _logits(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        shape = input_ids.shape
+        if position_ids is not None and self.config._attn_implementation.startswith("flash"):
+            # Flash attention looks for documents in a single row only.
+            input_ids, position_ids = input_ids.view(1, -1), position_ids.view(1, -1)
+        # Without a mask and without a cache: with either, documents would see each other.
+        outputs = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        return outputs.logits.view(*shape, -1)
 
 
 def load_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase | None) -> Any:

@@ -1,6 +1,7 @@
 """The output folder: what lies where, and whose it is.
 
 - `arguments.json`: every argument of the run, readable again as an argument file
+- `ledger.json`: what became of every document and every token
 - `provenance.json`: data, sizes, hardware, versions and revision that it ran with
 - `train_log.jsonl`: one object a line: step, train/loss, ...
 - `mlflow_run_id.txt`: the MLflow run that a resumed run continues, where MLflow is in use
@@ -35,6 +36,7 @@ class OutputFolder:
         self.path = Path(path)
         self.arguments = self.path / "arguments.json"
         self.provenance = self.path / "provenance.json"
+        self.ledger = self.path / "ledger.json"
         self.log = self.path / "train_log.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.final = self.path / "final"
@@ -89,11 +91,14 @@ class OutputFolder:
             if name in old and old[name] != new and name not in NOT_WORTH_A_WORD
         }
 
-    def write_opening(self, arguments: Arguments, provenance: dict[str, Any]) -> None:
+    def write_opening(
+        self, arguments: Arguments, provenance: dict[str, Any], ledger: dict[str, Any]
+    ) -> None:
         """Notes what the run is, and that it has not ended."""
         self.result.unlink(missing_ok=True)
         write_json(self.arguments, describe(arguments))
         write_json(self.provenance, provenance)
+        write_json(self.ledger, ledger)
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Notes how the run ended."""

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 from arguments import BatchSizes, OptimizationArguments
-from llm_training.data.dataset import TokenRows
+from llm_training.data.mixture import MixtureRows
+from llm_training.data.rows import Rows
 from llm_training.schedules import LearningRateSchedule
 
 
@@ -19,16 +20,15 @@ class Plan:
     """The length and shape of a run.
 
     Attributes:
+        block_size: tokens of a row.
+        rows: the rows of one epoch; None for a stream, whose length nobody knows.
         total_steps: optimizer steps.
         num_samples: rows of the whole run; the last step is shorter if they do not divide.
-        num_rows: rows of one epoch, `block_size` tokens each.
-        leftover_tokens: tokens at the end of the stream that fill no row.
     """
 
     batch: BatchSizes
     block_size: int
-    num_rows: int
-    leftover_tokens: int
+    rows: Rows | None
     total_steps: int
     num_samples: int
     schedule: LearningRateSchedule
@@ -38,44 +38,66 @@ class Plan:
         """Tokens that one full step reads over all processes."""
         return self.batch.global_batch * self.block_size
 
+    def epoch(self, samples: int) -> float | None:
+        """Passes over the data after so many samples; None for a stream."""
+        return samples / self.rows.num_rows if self.rows else None
+
     def lines(self) -> list[str]:
         """The plan for a person, before the run begins."""
         batch = self.batch
+        rows = f"{self.rows.num_rows:,}" if self.rows else "a stream"
+        epochs = f"{self.epoch(self.num_samples):.2f} epochs = " if self.rows else ""
+        lines = [f"Rows     {rows} of {self.block_size} tokens"]
+        if isinstance(self.rows, MixtureRows):
+            parts = self.rows.describe(self.num_samples)
+            lines.append(f"Mixture  {'; '.join(parts)}")
         return [
-            f"Rows     {self.num_rows:,} of {self.block_size} tokens;"
-            f" {self.leftover_tokens} tokens at the end fill no row",
+            *lines,
             f"Batch    {batch.global_batch} rows = {batch.per_device} per device"
             f" x {batch.accumulation} accumulated x {batch.processes} processes"
             f" = {self.tokens_per_step:,} tokens a step",
-            f"Length   {self.total_steps:,} steps = {self.num_samples / self.num_rows:.2f} epochs"
-            f" = {self.num_samples * self.block_size:,} tokens",
+            f"Length   {self.total_steps:,} steps = {epochs}"
+            f"{self.num_samples * self.block_size:,} tokens",
         ]
 
 
 def make_plan(
     arguments: OptimizationArguments,
     batch: BatchSizes,
-    rows: TokenRows,
+    rows: Rows | None,
+    block_size: int,
+    *,
+    done_steps: int = 0,
+    done_samples: int = 0,
 ) -> Plan:
     """Lays the run out.
 
     Windows run on over the end of an epoch; only the last step of a run that is measured in
     epochs can be short.
 
+    Args:
+        rows: of one epoch; None for a stream.
+        done_steps, done_samples: where a resumed run stands; its steps may have been of another
+            size.
+
     Raises:
         PlanError: no row, or a schedule that does not fit into the steps.
     """
-    if rows.num_rows == 0:
+    if rows is not None and rows.num_rows == 0:
+        tokens = sum(account.tokens for account in rows.accounts().values())
         raise PlanError(
-            f"The training data has {rows.num_leftover_tokens} tokens, less than one row of"
-            f" {rows.block_size}. Give more text or a smaller --block_size."
+            f"The training data has {tokens:,} tokens and makes not one row of {block_size}. Give"
+            " more text or a smaller --block_size."
         )
     if arguments.max_steps is not None:
         total_steps = arguments.max_steps
-        num_samples = total_steps * batch.global_batch
-    else:
+        num_samples = done_samples + (total_steps - done_steps) * batch.global_batch
+    elif rows is not None:
         num_samples = max(1, round(arguments.num_train_epochs * rows.num_rows))
-        total_steps = math.ceil(num_samples / batch.global_batch)
+        left = max(0, num_samples - done_samples)
+        total_steps = done_steps + math.ceil(left / batch.global_batch)
+    else:
+        raise PlanError("A stream has no end that is known beforehand: give --max_steps.")
     if arguments.warmup_steps >= total_steps and arguments.warmup_steps > 0:
         raise PlanError(
             f"--warmup_steps {arguments.warmup_steps} leaves nothing of the {total_steps} steps of"
@@ -91,9 +113,8 @@ def make_plan(
     )
     return Plan(
         batch=batch,
-        block_size=rows.block_size,
-        num_rows=rows.num_rows,
-        leftover_tokens=rows.num_leftover_tokens,
+        block_size=block_size,
+        rows=rows,
         total_steps=total_steps,
         num_samples=num_samples,
         schedule=schedule,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import subprocess
 from pathlib import Path
@@ -13,6 +14,7 @@ import transformers
 from accelerate import Accelerator
 
 from llm_training.data import PreparedData
+from llm_training.data.rows import Rows
 from llm_training.model_state import StateForm
 from llm_training.modeling import CausalLMWithLoss, count_parameters
 
@@ -32,6 +34,28 @@ def model_line(accelerator: Accelerator, network: CausalLMWithLoss) -> str:
     )
 
 
+def row_lines(train: Rows | None, validation: Rows | None) -> list[str]:
+    """What becomes of every token in the rows of one epoch."""
+    lines = []
+    for split, rows in (("train", train), ("validation", validation)):
+        for source, account in (rows.accounts() if rows else {}).items():
+            lines.append(f"{split}{f' ({source})' if source else ''}: {account.line()}")
+    return lines
+
+
+def full_ledger(data: PreparedData, train: Rows | None, validation: Rows | None) -> dict[str, Any]:
+    """What became of every document, and of every token in rows, in plain values."""
+    parts = data.parts or {"": data}
+    return {
+        "documents": {name: part.ledger.to_dict() for name, part in parts.items()},
+        "rows": {
+            split: {name: dataclasses.asdict(a) for name, a in rows.accounts().items()}
+            for split, rows in (("train", train), ("validation", validation))
+            if rows
+        },
+    }
+
+
 def resume_lines(path: Path, step: int, changed: dict[str, tuple[Any, Any]]) -> list[str]:
     """Where the run goes on, and with which other arguments than before."""
     return [
@@ -49,8 +73,8 @@ def provenance(
     is_cuda = device.type == "cuda"
     return {
         "data_fingerprint": data.fingerprint,
-        "train_tokens": data.train.num_tokens if data.train else 0,
-        "validation_tokens": data.validation.num_tokens if data.validation else 0,
+        "train_tokens": data.num_tokens("train"),
+        "validation_tokens": data.num_tokens("validation"),
         "num_parameters": parameters,
         "num_parameters_outside_embeddings": outside_embeddings,
         "device": torch.cuda.get_device_name(device) if is_cuda else device.type,

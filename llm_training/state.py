@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from llm_training.durable import write_json
 
@@ -19,6 +24,9 @@ class TrainState:
         step: optimizer steps done.
         samples: rows consumed over all ranks: the position in the data.
         tokens: predicted tokens over all ranks.
+        sample_hash: SHA-256 over the numbers of all rows consumed so far, in their order; the same
+            for every split of the steps over ranks and micro-batches.
+        stream: of streamed data, what it takes to go on from this position (`StreamWindows`).
         first_loss, last_loss: validation loss in nats per token, at the start and most recently.
         best_loss: the lowest validation loss so far, reached at `best_step`.
         evals_without_better: evaluations in a row that did not beat it.
@@ -31,6 +39,8 @@ class TrainState:
     step: int = 0
     samples: int = 0
     tokens: int = 0
+    sample_hash: str = ""
+    stream: dict[str, Any] | None = None
     first_loss: float | None = None
     last_loss: float | None = None
     best_loss: float | None = None
@@ -54,6 +64,11 @@ class TrainState:
         self.best_loss, self.best_step = loss, self.step
         self.evals_without_better = 0
         return True
+
+    def note_samples(self, ids: NDArray[np.int64]) -> None:
+        """Takes the rows of one step, (N,) int64 in the order of the run, into `sample_hash`."""
+        content = bytes.fromhex(self.sample_hash) + ids.astype("<i8").tobytes()
+        self.sample_hash = hashlib.sha256(content).hexdigest()
 
     def save(self, path: Path) -> None:
         """Writes the state as JSON."""

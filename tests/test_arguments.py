@@ -27,6 +27,8 @@ from arguments import (
     Arguments,
     BatchSizes,
     describe,
+    holds_conversations,
+    mixture_sources,
     resolve_batch_sizes,
 )
 from llm_training.argument_checks import RANGES, find_problems
@@ -92,6 +94,87 @@ def the_problem_of(*argv: str, num_processes: int = 1) -> str:
 # ---------------------------------------------------------------------------------- one mistake
 
 PRODUCT_OF_8 = "per_device_train_batch_size=4 x gradient_accumulation_steps=2 x processes=1 = 8"
+
+CODE = {"train_file": "${PYTHON_STDLIB}", "weight": 3}
+CHAT = {"tokenizer_name": "gpt2", "messages_column": "messages"}
+
+# Mistakes in what the data is, on top of a good file.
+BAD_DATA: list[tuple[dict[str, Any], list[str]]] = [
+    (
+        {"train_mixture": {"code": CODE}},
+        ["train_mixture and train_file", "exclude each other", "drop the first"],
+    ),
+    (
+        {"train_file": None, "train_mixture": {"code": 3}},
+        ["train_mixture (good.json)", 'code takes an object like {"train_file"', "not 3"],
+    ),
+    (
+        {"train_file": None, "train_mixture": {"code": CODE | {"train_files": "x"}}},
+        ["code cannot set train_files", "did you mean train_file?"],
+    ),
+    (
+        {"train_file": None, "train_mixture": {"code": CODE | {"block_size": 8}}},
+        ["code cannot set block_size"],
+    ),
+    (
+        {"train_file": None, "train_mixture": {"code": CODE | {"weight": "3"}}},
+        ["code, weight takes number", "without quotes"],
+    ),
+    (
+        {"train_file": None, "train_mixture": {"code": {"weight": 1}}},
+        ["train_mixture, source code: no data", "train_file"],
+    ),
+    (
+        {"train_file": None, "train_mixture": {"code": {"train_file": "nowhere"}}},
+        ["train_file=nowhere does not exist"],
+    ),
+    ({"dataset_revision": "main"}, ["dataset_revision", "no effect without dataset_name"]),
+    ({"dataset_split": "test"}, ["dataset_split", "no effect without dataset_name"]),
+    ({"prompt_column": "question"} | CHAT | {"messages_column": None}, ["needs completion_column"]),
+    ({"completion_column": "a"} | CHAT | {"messages_column": None}, ["needs prompt_column"]),
+    (
+        CHAT | {"prompt_column": "a", "completion_column": "b"},
+        ["messages_column=messages and prompt_column=a exclude each other"],
+    ),
+    (CHAT | {"tokenizer_name": "bpe"}, ["tokenizer_name=bpe", "no chat template"]),
+    ({"chat_template": "{{ messages }}"}, ["chat_template", "no effect on text"]),
+    ({"special_tokens": ["<a>"], "tokenizer_name": "gpt2"}, ["special_tokens", "made here"]),
+    ({"shuffle_buffer_size": 7}, ["shuffle_buffer_size=7", "no effect without streaming"]),
+    (
+        {"train_file": None, "dataset_name": "a/b", "streaming": True, "eval_steps": None},
+        ["streaming=true needs max_steps"],
+    ),
+    ({"streaming": True, "max_steps": 9}, ["streaming=true", "no effect without dataset_name"]),
+    (
+        {
+            "train_file": None,
+            "dataset_name": "a/b",
+            "streaming": True,
+            "max_steps": 9,
+            "eval_steps": None,
+        }
+        | {"tokenizer_name": "bpe"},
+        ["tokenizer_name=bpe", "streaming=true never holds"],
+    ),
+    (
+        {
+            "train_file": None,
+            "dataset_name": "a/b",
+            "streaming": True,
+            "max_steps": 9,
+            "eval_steps": None,
+        }
+        | {"drop_duplicates": True},
+        ["drop_duplicates=true and streaming=true exclude each other"],
+    ),
+    (
+        {"train_file": None, "dataset_name": "a/b", "streaming": True, "max_steps": 9},
+        ["eval_steps with streaming=true needs eval_max_batches"],
+    ),
+    ({"min_document_characters": -1}, ["min_document_characters=-1", "0 or more"]),
+    ({"packing": "best"}, ["packing", "stream|best_fit"]),
+    ({"allow_resume_change": ["model"]}, ["allow_resume_change", "data|block_size"]),
+]
 
 # Changes to a good file, and what the one problem must say.
 BAD_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
@@ -246,7 +329,7 @@ BAD_FLAGS: list[tuple[str, list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "phrases"), BAD_SETTINGS, ids=name_of)
+@pytest.mark.parametrize(("changes", "phrases"), BAD_SETTINGS + BAD_DATA, ids=name_of)
 def test_one_mistake_in_a_file(changes: dict[str, Any], phrases: list[str]) -> None:
     problem = the_problem_of(write_good(**changes))
     assert [phrase for phrase in phrases if phrase not in problem] == [], problem
@@ -315,6 +398,25 @@ def test_a_tracker_that_is_not_installed(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     problem = find_problems(Arguments(**{**GOOD_VALUES, "report_to": ["wandb"]}), LaunchSettings())
     assert problem == ["report_to=wandb is not installed: pip install wandb, or report_to=none"]
+
+
+def test_a_source_of_a_mixture_has_arguments_of_its_own() -> None:
+    mixture = {"code": CODE, "chat": {"train_file": ["."], "messages_column": "turns"}}
+    path = write_good(train_file=None, train_mixture=mixture, tokenizer_name="gpt2")
+    arguments = read_arguments([path], 1)
+    assert arguments.train_mixture["chat"]["weight"] == 1.0
+    sources = mixture_sources(arguments)
+    assert sources["code"].train_file == [sysconfig.get_path("stdlib")]
+    assert [holds_conversations(own) for own in sources.values()] == [False, True]
+    assert sources["chat"].tokenizer_name == "gpt2"
+    assert not sources["chat"].train_mixture
+
+
+def test_rows_of_documents_cannot_be_split_over_ranks() -> None:
+    arguments = Arguments(**GOOD_VALUES, document_mask=True)
+    launch = LaunchSettings(num_processes=2, cp_size=2)
+    problems = [p for p in find_problems(arguments, launch) if "document_mask" in p]
+    assert len(problems) == 1 and "cp_size=2 splits rows over ranks" in problems[0]
 
 
 # --------------------------------------------------------------------------------- many mistakes

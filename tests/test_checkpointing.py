@@ -181,6 +181,21 @@ def test_a_checkpoint_of_another_run_is_refused_with_every_difference(
         folder.check(checkpoint)
 
 
+def test_what_is_allowed_may_differ_and_is_said(folder: CheckpointFolder) -> None:
+    save(folder, 5)
+    checkpoint = open_checkpoint(folder.folder / "last")
+    assert folder.check(checkpoint, allowed=["seed"]) == []
+    folder.identity["seed"] = 2
+    with pytest.raises(CheckpointError, match="or --allow_resume_change seed"):
+        folder.check(checkpoint, allowed=["data"])
+    (line,) = folder.check(checkpoint, allowed=["data", "seed"])
+    assert line == "Allowed  seed: 1 there, 2 here: the curve is another one from here"
+    folder.identity["model"] = "xyz"
+    with pytest.raises(CheckpointError) as caught:
+        folder.check(checkpoint, allowed=["seed"])
+    assert "allow_resume_change" not in str(caught.value)  # no permit makes another model fit
+
+
 def test_one_beyond_the_end_is_refused(folder: CheckpointFolder) -> None:
     save(folder, 5)
     with pytest.raises(CheckpointError, match="at step 5, beyond the 4 steps asked for"):

@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from arguments import BatchSizes, EvaluationArguments
-from llm_training.data.dataset import TokenRows
+from llm_training.data.rows import StreamRows
+from llm_training.data.token_store import TokenArray
 from llm_training.evaluation import evaluate
 from llm_training.modeling import CausalLMWithLoss
 
@@ -25,7 +26,7 @@ def model() -> CausalLMWithLoss:
 
 
 def run(model: CausalLMWithLoss, batch_size: int, metrics: tuple[str, ...] = ()) -> dict:
-    rows = TokenRows(TOKENS, 8, keep_last=True)
+    rows = StreamRows(TokenArray(TOKENS), 8, keep_last=True)
     arguments = EvaluationArguments(eval_metrics=list(metrics))
     batch = BatchSizes(per_device=batch_size, accumulation=1, processes=1, global_batch=batch_size)
     return evaluate(Accelerator(cpu=True), model, rows, arguments, batch)

@@ -1,6 +1,6 @@
 """Proves that imports point down: who may know whom in this project, held with `ast`.
 
-    floor 3   train_llm.py
+    floor 3   train_llm.py, show_data
     floor 2   argument_parsing, planning, evaluation, checkpointing, reporting
     floor 1   every other room of llm_training; a folder is one room
     floor 0   arguments.py
@@ -23,14 +23,17 @@ PACKAGE = "llm_training"
 
 FLOORS = {
     "train_llm": 3,
+    "llm_training.show_data": 3,
     "llm_training.argument_parsing": 2,
     "llm_training.planning": 2,
     "llm_training.evaluation": 2,
     "llm_training.checkpointing": 2,
     "llm_training.reporting": 2,
+    "llm_training.streams": 2,
     "llm_training.argument_checks": 1,
     "llm_training.cpu_backends": 1,
     "llm_training.data": 1,
+    "llm_training.document_mask": 1,
     "llm_training.durable": 1,
     "llm_training.export": 1,
     "llm_training.generation": 1,

@@ -32,7 +32,7 @@ def test_a_file_in_its_place_is_refused(tmp_path: Path) -> None:
 
 def test_a_run_is_continued_but_not_started_anew(tmp_path: Path) -> None:
     output = OutputFolder(tmp_path)
-    output.write_opening(Arguments(), {})
+    output.write_opening(Arguments(), {}, {})
     output.claim(start_anew=False)
     with pytest.raises(OutputError, match="already holds a run"):
         output.claim(start_anew=True)
@@ -41,7 +41,7 @@ def test_a_run_is_continued_but_not_started_anew(tmp_path: Path) -> None:
 def test_changed_arguments_are_named_with_both_values(tmp_path: Path) -> None:
     output = OutputFolder(tmp_path)
     assert output.changed_arguments(Arguments()) == {}
-    output.write_opening(Arguments(learning_rate=0.1, num_threads=1), {})
+    output.write_opening(Arguments(learning_rate=0.1, num_threads=1), {}, {})
     changed = output.changed_arguments(Arguments(learning_rate=0.2, num_threads=2))
     assert changed == {"learning_rate": (0.1, 0.2)}
 

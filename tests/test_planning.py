@@ -4,15 +4,17 @@ import numpy as np
 import pytest
 
 from arguments import BatchSizes, OptimizationArguments
-from llm_training.data.dataset import TokenRows
+from llm_training.data.mixture import MixtureRows
+from llm_training.data.rows import StreamRows
+from llm_training.data.token_store import TokenArray
 from llm_training.planning import Plan, PlanError, make_plan
 
 BATCH = BatchSizes(per_device=2, accumulation=2, processes=2, global_batch=8)
 
 
 def plan(num_tokens: int = 403, **settings: object) -> Plan:
-    rows = TokenRows(np.zeros(num_tokens, np.uint16), 4, keep_last=False)
-    return make_plan(OptimizationArguments(**settings), BATCH, rows)  # type: ignore[arg-type]
+    rows = StreamRows(TokenArray(np.zeros(num_tokens, np.uint16)), 4)
+    return make_plan(OptimizationArguments(**settings), BATCH, rows, 4)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -31,12 +33,32 @@ def test_length(settings: dict[str, object], steps: int, samples: int) -> None:
     assert made.schedule.total_steps == steps
 
 
-def test_leftover_tokens_are_said() -> None:
-    assert any("3 tokens at the end fill no row" in line for line in plan().lines())
+def test_a_resumed_run_ends_where_it_should_though_its_steps_had_another_size() -> None:
+    rows = StreamRows(TokenArray(np.zeros(403, np.uint16)), 4)
+    done = {"done_steps": 3, "done_samples": 12}
+    by_steps = make_plan(OptimizationArguments(max_steps=5), BATCH, rows, 4, **done)
+    assert (by_steps.total_steps, by_steps.num_samples) == (5, 12 + 2 * 8)
+    by_epochs = make_plan(OptimizationArguments(), BATCH, rows, 4, **done)
+    assert (by_epochs.total_steps, by_epochs.num_samples) == (3 + 11, 100)
+
+
+def test_a_stream_needs_a_number_of_steps() -> None:
+    made = make_plan(OptimizationArguments(max_steps=5), BATCH, None, 4)
+    assert (made.total_steps, made.num_samples, made.epoch(40)) == (5, 40, None)
+    assert made.lines()[0] == "Rows     a stream of 4 tokens"
+    with pytest.raises(PlanError, match="give --max_steps"):
+        make_plan(OptimizationArguments(), BATCH, None, 4)
+
+
+def test_a_mixture_says_how_often_each_source_is_read() -> None:
+    sources = {name: StreamRows(TokenArray(np.zeros(40, np.uint16)), 4) for name in ("a", "b")}
+    rows = MixtureRows(sources, {"a": 3, "b": 1})
+    lines = make_plan(OptimizationArguments(max_steps=5), BATCH, rows, 4).lines()
+    assert "Mixture  a 75.0% = 3.00 epochs; b 25.0% = 1.00 epochs" in lines
 
 
 def test_less_than_one_row_is_refused() -> None:
-    with pytest.raises(PlanError, match="has 3 tokens, less than one row of 4"):
+    with pytest.raises(PlanError, match="has 3 tokens and makes not one row of 4"):
         plan(num_tokens=3)
 
 

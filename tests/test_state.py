@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llm_training.state import TrainState
@@ -19,6 +20,20 @@ def test_what_is_no_state_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "state.json").write_text(text)
     with pytest.raises(ValueError):
         TrainState.load(tmp_path / "state.json")
+
+
+def test_the_hash_of_samples_is_of_their_order_and_survives_the_disk(tmp_path: Path) -> None:
+    def hash_of(*steps: list[int]) -> str:
+        state = TrainState(seed=0)
+        for step in steps:
+            state.note_samples(np.array(step, np.int64))
+            state.save(tmp_path / "state.json")
+            state = TrainState.load(tmp_path / "state.json")
+        return state.sample_hash
+
+    assert len(hash_of([1, 2])) == 64
+    assert hash_of([1, 2], [3]) == hash_of([1, 2], [3])
+    assert len({hash_of([1, 2], [3]), hash_of([2, 1], [3]), hash_of([3], [1, 2]), hash_of([])}) == 4
 
 
 def test_evaluations_are_counted_until_one_is_better() -> None:

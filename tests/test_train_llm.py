@@ -376,7 +376,7 @@ def test_texts_that_are_too_short_are_refused(
     (tmp_path / "long.txt").write_text("some words\n" * 100)
     (tmp_path / "short.txt").write_text("few\n")
     message = fail(train, capsys, train_file="short.txt", validation_file="long.txt")
-    assert "less than one row of 64" in message
+    assert "makes not one row of 64" in message
     message = fail(train, capsys, train_file="long.txt", validation_file="short.txt")
     assert "The validation data has" in message
     assert "less than one row of 64" in message

@@ -1,79 +1,145 @@
-"""Rows of `block_size` tokens, taken by position: no loader, no worker, no state to save."""
+"""Which rows each process reads, for a step and for an evaluation: no loader, no state to save."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from llm_training.data.errors import DataError
-from llm_training.data.order import sample_rows
-from llm_training.data.token_store import TokenStore
+from llm_training.data.mixture import MixtureRows
+from llm_training.data.prepared import PreparedData
+from llm_training.data.rows import NO_ROW, Batch, PackedRows, Rows, StreamRows
+from llm_training.data.token_store import Tokens
 
-Batch = dict[str, Tensor]
-IGNORE_INDEX = -100
-# Stands for "no row": a row of nothing but masked labels, which fills up the last window.
-NO_ROW = -1
+if TYPE_CHECKING:
+    from arguments import DataArguments
 
 
-class TokenRows:
-    """A flat stream of tokens seen as rows.
+@dataclass(frozen=True)
+class RowSettings:
+    """How the tokens of a store are made into rows.
 
-    Args:
-        tokens: (num_tokens,) unsigned integers, usually a memory map.
+    Attributes:
         block_size: tokens in a row.
-        keep_last: whether a shorter last row counts, its rest masked; else it is left over.
+        packing: `stream` or `best_fit`, see `StreamRows` and `PackedRows`.
+        document_mask: whether tokens see their own document alone.
     """
 
-    def __init__(self, tokens: NDArray[np.unsignedinteger], block_size: int, *, keep_last: bool):
-        self.tokens = tokens
-        self.block_size = block_size
-        self.num_rows = len(tokens) // block_size
-        self.num_leftover_tokens = len(tokens) % block_size
-        # A single token predicts nothing, so it makes no row.
-        if keep_last and self.num_leftover_tokens > 1:
-            self.num_rows += 1
-            self.num_leftover_tokens = 0
+    block_size: int
+    packing: str = "stream"
+    document_mask: bool = False
 
-    def batch(self, rows: NDArray[np.int64]) -> Batch:
-        """The rows with these numbers.
+    def rows(self, store: Tokens, *, keep_last: bool = False) -> Rows:
+        """The rows of a store.
 
         Args:
-            rows: (B,) int64 row numbers; `NO_ROW` gives a row without a single predicted token.
+            keep_last: whether a last row counts that the stream does not fill.
 
-        Returns:
-            `input_ids` and unshifted `labels`, both (B, block_size) int64.
+        Raises:
+            DataError: nothing tells the documents of the store apart, and it matters.
         """
-        input_ids = np.zeros((len(rows), self.block_size), np.int64)
-        labels = np.full((len(rows), self.block_size), IGNORE_INDEX, np.int64)
-        for i, row in enumerate(rows):
-            if row == NO_ROW:
-                continue
-            tokens = self.tokens[row * self.block_size : (row + 1) * self.block_size]
-            input_ids[i, : len(tokens)] = tokens
-            labels[i, : len(tokens)] = tokens
-        return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
+        needs_ends = self.document_mask or self.packing == "best_fit"
+        if needs_ends and store.ends is None:
+            raise DataError(
+                "Nothing tells where the documents of the token file end, but document_mask and"
+                " packing=best_fit must know. Name the tokenizer that made the file"
+                " (tokenizer_name), whose end-of-text token stands between documents; or use"
+                " packing=stream without document_mask."
+            )
+        if self.packing == "best_fit":
+            return PackedRows(store, self.block_size, document_mask=self.document_mask)
+        return StreamRows(
+            store, self.block_size, keep_last=keep_last, document_mask=self.document_mask
+        )
 
 
-def validation_rows(store: TokenStore | None, block_size: int) -> TokenRows | None:
+def train_rows(data: PreparedData, arguments: DataArguments, block_size: int) -> Rows | None:
+    """The training rows, of a mixture if there are several sources; None where there are none.
+
+    Raises:
+        DataError: documents cannot be told apart where they must be, or weights make no mixture.
+    """
+    stores = data.stores("train")
+    settings = _settings_of(data, arguments, block_size)
+    if not stores:
+        return None
+    rows = {name: settings[name].rows(store) for name, store in stores.items()}
+    if not data.parts:
+        return rows[""]
+    return MixtureRows(rows, {name: data.parts[name].weight for name in rows})
+
+
+def validation_rows(data: PreparedData, arguments: DataArguments, block_size: int) -> Rows | None:
     """All validation tokens as rows, the last and shorter one included; None where there are none.
+
+    The rows of several sources follow each other.
 
     Raises:
         DataError: not even one row.
     """
-    if store is None:
+    stores = data.stores("validation")
+    if not stores:
         return None
-    if store.num_tokens < block_size:
+    settings = _settings_of(data, arguments, block_size)
+    rows = {name: settings[name].rows(store, keep_last=True) for name, store in stores.items()}
+    if all(not store.has_learned and store.num_tokens < block_size for store in stores.values()):
         raise DataError(
-            f"The validation data has {store.num_tokens} tokens, less than one row of {block_size}."
-            " Give more (--validation_file, --validation_split_percentage), a smaller --block_size,"
-            " or --eval_steps null to train without."
+            f"The validation data has {data.num_tokens('validation')} tokens, less than one row of"
+            f" {block_size}. Give more (--validation_file, --validation_split_percentage), a"
+            " smaller --block_size, or --eval_steps null to train without."
         )
-    return TokenRows(store.tokens, block_size, keep_last=True)
+    if not any(of_source.num_rows for of_source in rows.values()):
+        raise DataError(
+            "The validation data has no conversation with a learned token within a row of"
+            f" {block_size}. Give more, or a larger --block_size."
+        )
+    return rows[""] if not data.parts else MixtureRows(rows, dict.fromkeys(rows, 1.0))
+
+
+def row_settings(
+    arguments: DataArguments,
+    block_size: int,
+    *,
+    is_conversation: bool,
+    is_masked_by_default: bool | None = None,
+) -> RowSettings:
+    """How one source is made into rows; conversations are kept whole and apart by default.
+
+    Args:
+        is_masked_by_default: whether documents do not see each other where the arguments leave it
+            open; None: as for this source alone.
+    """
+    by_default = is_conversation if is_masked_by_default is None else is_masked_by_default
+    mask = arguments.document_mask
+    return RowSettings(
+        block_size,
+        packing=arguments.packing or ("best_fit" if is_conversation else "stream"),
+        document_mask=by_default if mask is None else mask,
+    )
+
+
+def _settings_of(
+    data: PreparedData, arguments: DataArguments, block_size: int
+) -> dict[str, RowSettings]:
+    learned = {
+        name: any(
+            store is not None and store.has_learned for store in (part.train, part.validation)
+        )
+        for name, part in (data.parts or {"": data}).items()
+    }
+    return {
+        name: row_settings(
+            arguments,
+            block_size,
+            is_conversation=is_conversation,
+            is_masked_by_default=any(learned.values()),
+        )
+        for name, is_conversation in learned.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -92,7 +158,7 @@ class TrainingWindows:
         rank: this process; num_ranks: all of them.
     """
 
-    rows: TokenRows
+    rows: Rows
     seed: int
     num_samples: int
     micro_batch_size: int
@@ -100,20 +166,45 @@ class TrainingWindows:
     rank: int
     num_ranks: int
 
+    @property
+    def document_mask(self) -> bool:
+        """Whether tokens see their own document alone."""
+        return self.rows.document_mask
+
     def window(self, position: int) -> list[Batch]:
         """The `num_micro_batches` batches of this rank, each (micro_batch_size, block_size)."""
         return [self._micro_batch(position, g) for g in range(self.num_micro_batches)]
 
     def _micro_batch(self, position: int, g: int) -> Batch:
         start = position + (g * self.num_ranks + self.rank) * self.micro_batch_size
-        positions = np.arange(start, start + self.micro_batch_size, dtype=np.int64)
-        rows = sample_rows(positions, self.rows.num_rows, self.seed)
+        return self.rows.batch(self._rows_at(start, self.micro_batch_size))
+
+    def _rows_at(self, start: int, count: int) -> NDArray[np.int64]:
+        positions = np.arange(start, start + count, dtype=np.int64)
+        rows = self.rows.at(positions, self.seed)
         rows[positions >= self.num_samples] = NO_ROW
-        return self.rows.batch(rows)
+        return rows
+
+    def state(self, position: int) -> dict[str, Any] | None:
+        """What a checkpoint must keep of the data beside the position: nothing."""
+        return None
+
+    def account_lines(self) -> list[str]:
+        """What became known of the data during the run: nothing new."""
+        return []
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def sample_ids(self, position: int) -> NDArray[np.int64]:
+        """The row numbers of the whole step that begins at `position`, over all ranks."""
+        count = self.num_ranks * self.num_micro_batches * self.micro_batch_size
+        rows = self._rows_at(position, count)
+        return rows[rows != NO_ROW]
 
 
 def evaluation_batches(
-    rows: TokenRows, batch_size: int, *, rank: int, num_ranks: int, max_rows: int | None
+    rows: Rows, batch_size: int, *, rank: int, num_ranks: int, max_rows: int | None
 ) -> Iterator[Batch]:
     """This rank's share of the evaluation rows; every rank gets equally many batches.
 

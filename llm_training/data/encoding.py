@@ -1,24 +1,34 @@
-"""Documents into token ids, at full speed: on all cores, large documents in pieces."""
+"""Documents into token ids, on all cores, large ones in pieces; what of them is learned."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from llm_training.data.errors import DataError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from llm_training.data.sources import Document
 
 # One batch goes to all cores at once; its encodings take up to 100 times its size.
 _BATCH_CHARACTERS = 2 * 2**20
 _PIECE_CHARACTERS = 64 * 2**10
+# Longer texts are cut even where that may change a token; cuts are looked for in the reach after.
+_WHOLE_CHARACTERS = 2**20
+_CUT_REACH = 2**16
 # ASCII only: which other characters are letters depends on the version of Unicode.
 _WORD_AT_LINE_END = re.compile(r"[A-Za-z0-9](?=\n)")
+_LINE_END = re.compile(r"\S(?=\r?\n)")
+_WORD_END = re.compile(r"\S(?=\s)")
 # In none of these does a match hold a letter or digit followed by a newline, and what comes before
 # the newline cannot look beyond it. So words never reach over the cut, and neither do merges.
 _SPLITS_BEFORE_NEWLINE = frozenset(
@@ -41,53 +51,143 @@ _SPLITS_BEFORE_NEWLINE = frozenset(
     )
 )
 
-K = TypeVar("K")
+
+class HasDocument(Protocol):
+    """What the encoder needs of the parts it is given; it gives them back beside their tokens."""
+
+    @property
+    def document(self) -> Document: ...
 
 
-class _Piece(NamedTuple):
-    key: Any
+P = TypeVar("P", bound=HasDocument)
+
+
+class _Piece(NamedTuple, Generic[P]):
+    part: P
     text: str
     is_last: bool
+    learned: tuple[tuple[int, int], ...] | None
+
+
+class _Tokens(NamedTuple):
+    ids: NDArray[np.uint32]
+    learned: NDArray[np.uint8] | None
 
 
 class TextEncoder:
-    """Turns documents into ids: ordinary text only, no special token is read from it or added.
+    """Turns documents into ids: plain text, and conversations with their special tokens.
 
-    The tokenizer itself stays as it was: what is set here is set on a copy.
+    No special token is read from plain text, and none is added to any. The tokenizer itself stays
+    as it was: what is set here is set on a copy.
+
+    Attributes:
+        documents_cut_unsure: documents so far that were encoded in pieces, to bound the memory,
+            although a token or two at each cut may not be those of the whole text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.documents_cut_unsure = 0
         self._tokenizer = tokenizer
         self._backend: Tokenizer | None = None
         self._may_cut = False
+        self._is_cut_unsure = False
+        self._last_character = ""  # of the piece before, where its document goes on
         if tokenizer.is_fast:
-            self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-            self._backend.no_truncation()
-            self._backend.no_padding()
+            self._backend = _plain_copy(tokenizer)
             self._backend.encode_special_tokens = True
             self._may_cut = may_cut_before_newline(self._backend)
 
-    def encode(self, documents: Iterable[tuple[K, str]]) -> Iterator[tuple[K, NDArray[np.uint32]]]:
-        """Yields (key, ids) for each (key, text), in order; ids is (tokens,) uint32.
+    @cached_property
+    def _conversation_backend(self) -> Tokenizer:
+        """A copy that reads special tokens; made when first needed, as it may take seconds."""
+        backend = _plain_copy(self._tokenizer)
+        backend.encode_special_tokens = False
+        # It adds no token here, but may take the spaces of words out of their character ranges.
+        backend.post_processor = None
+        return backend
 
-        Texts are taken ahead, some MB at a time, so that all cores work.
+    def encode(
+        self, parts: Iterable[P]
+    ) -> Iterator[tuple[P, NDArray[np.uint32], NDArray[np.uint8] | None]]:
+        """Yields (part, ids, learned) for each part, in order.
+
+        `ids` is (tokens,) uint32. `learned` is None for plain text; for conversations (tokens,)
+        uint8, 1 for each token that is learned. Parts are taken ahead, some MB at a time, so that
+        all cores work. A piece of a document that comes in several is encoded by itself.
+
+        Raises:
+            DataError: a conversation, and the tokenizer is not a fast one.
         """
         ids: list[NDArray[np.uint32]] = []
-        for batch in _batches(self._pieces(documents)):
-            for piece, piece_ids in zip(batch, self._encode_batch(batch), strict=True):
-                ids.append(np.array(piece_ids, np.uint32))
+        for batch in _batches(self._pieces(parts)):
+            for piece, tokens in zip(batch, self._encode_batch(batch), strict=True):
+                ids.append(tokens.ids)
                 if piece.is_last:
-                    yield piece.key, np.concatenate(ids)
+                    yield piece.part, np.concatenate(ids), tokens.learned
                     ids = []
 
-    def _pieces(self, documents: Iterable[tuple[Any, str]]) -> Iterator[_Piece]:
-        for key, text in documents:
-            pieces = cut_before_newlines(text, _PIECE_CHARACTERS) if self._may_cut else [text]
-            for i, piece in enumerate(pieces, 1):
-                yield _Piece(key, piece, is_last=i == len(pieces))
+    def _pieces(self, parts: Iterable[P]) -> Iterator[_Piece[P]]:
+        for part in parts:
+            document = part.document
+            if document.learned is not None:
+                self._check_conversation(document)
+                yield _Piece(part, document.text, True, document.learned)
+                continue
+            texts = self._cut(document)
+            for i, text in enumerate(texts, 1):
+                yield _Piece(part, text, i == len(texts), None)
 
-    def _encode_batch(self, batch: list[_Piece]) -> list[list[int]]:
-        texts = [piece.text for piece in batch]
+    def _check_conversation(self, document: Document) -> None:
+        assert document.is_last, "a conversation is one document"
+        if self._backend is None:
+            raise DataError(
+                f"{document.where}: conversations need a fast tokenizer, but this one"
+                f" ({type(self._tokenizer).__name__}) is written in Python and cannot say which"
+                " characters a token stands for. Use a tokenizer that has a tokenizer.json."
+            )
+
+    def _cut(self, document: Document) -> list[str]:
+        """The pieces of a plain document; counts it, once, if it is not sure to be cut well."""
+        text = document.text
+        surely = cut_before_newlines(text, _PIECE_CHARACTERS) if self._may_cut else [text]
+        pieces = [piece for sure in surely for piece in cut_anyway(sure, _WHOLE_CHARACTERS)]
+        is_unsure = len(pieces) > len(surely) or not self._goes_on_surely(text)
+        if is_unsure and not self._is_cut_unsure:
+            self._is_cut_unsure = True
+            self.documents_cut_unsure += 1
+        self._last_character = "" if document.is_last else text[-1]
+        if document.is_last:
+            self._is_cut_unsure = False
+        return pieces
+
+    def _goes_on_surely(self, text: str) -> bool:
+        """Whether no token could have reached over the cut before this piece, if there is one."""
+        before = self._last_character
+        if not before:
+            return True
+        return self._may_cut and bool(_WORD_AT_LINE_END.match(before + text[:1]))
+
+    def _encode_batch(self, batch: list[_Piece[P]]) -> Iterator[_Tokens]:
+        plain = iter(self._encode_plain([p.text for p in batch if p.learned is None]))
+        conversations = [p for p in batch if p.learned is not None]
+        encodings = iter(
+            self._conversation_backend.encode_batch(
+                [p.text for p in conversations], add_special_tokens=False
+            )
+            if conversations
+            else ()
+        )
+        for piece in batch:
+            if piece.learned is None:
+                yield _Tokens(np.array(next(plain), np.uint32), None)
+            else:
+                encoding = next(encodings)
+                learned = learned_tokens(piece.text, encoding.offsets, piece.learned)
+                yield _Tokens(np.array(encoding.ids, np.uint32), learned)
+
+    def _encode_plain(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
         if self._backend is not None:
             encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
             return [encoding.ids for encoding in encodings]
@@ -103,8 +203,39 @@ class TextEncoder:
         return encoded["input_ids"]
 
 
-def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-    batch: list[_Piece] = []
+def _plain_copy(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def learned_tokens(
+    text: str, offsets: Sequence[tuple[int, int]], spans: Iterable[tuple[int, int]]
+) -> NDArray[np.uint8]:
+    """Which tokens hold characters of `spans`: (tokens,) uint8 of 0 and 1.
+
+    A token that reaches over the end of a span is learned: its beginning can only be generated.
+    One that begins before a span is learned if all it has from there is whitespace, as " yes" after
+    a prompt that ends in a space; if it has more, it is mostly the prompt's, and is not learned.
+
+    Args:
+        text: what was encoded.
+        offsets: the range of characters [start, stop) of each token, in order.
+        spans: ranges of characters.
+    """
+    starts, stops = np.array(offsets, np.int64).reshape(-1, 2).T
+    learned = np.zeros(len(starts), np.uint8)
+    for start, stop in spans:
+        earliest = start
+        while earliest > 0 and text[earliest - 1].isspace():
+            earliest -= 1
+        learned[(starts >= earliest) & (stops > start) & (starts < stop)] = 1
+    return learned
+
+
+def _batches(pieces: Iterable[_Piece[P]]) -> Iterator[list[_Piece[P]]]:
+    batch: list[_Piece[P]] = []
     num_characters = 0
     for piece in pieces:
         batch.append(piece)
@@ -130,10 +261,29 @@ def cut_before_newlines(text: str, piece_characters: int) -> list[str]:
     return pieces
 
 
+def cut_anyway(text: str, piece_characters: int) -> list[str]:
+    """Pieces of about `piece_characters`: cut at a line end, else at whitespace, else anywhere.
+
+    A cut is made before the whitespace, to which many tokenizers join what follows it.
+    """
+    pieces = []
+    start = 0
+    while len(text) - start > piece_characters:
+        earliest = start + piece_characters
+        reach = earliest + _CUT_REACH
+        match = _LINE_END.search(text, earliest, reach) or _WORD_END.search(text, earliest, reach)
+        stop = match.end() if match else earliest
+        pieces.append(text[start:stop])
+        start = stop
+    pieces.append(text[start:])
+    return pieces
+
+
 def may_cut_before_newline(backend: Tokenizer) -> bool:
     """Whether pieces of `cut_before_newlines` are sure to give the same tokens as the whole text.
 
-    True only for tokenizers that we know enough of; False costs speed on large documents only.
+    True only for tokenizers that we know enough of; False costs speed on large documents, and a
+    token or two at each cut of those that are too long to be encoded whole.
     """
     content = json.loads(backend.to_str())
     return (

@@ -28,13 +28,15 @@ class SplitCounts:
 
 @dataclass
 class LeftOut:
-    """How many were left out for one reason, and the names of the first few."""
+    """How many were left out for one reason, their bytes, and the names of the first few."""
 
     count: int = 0
+    bytes: int = 0
     names: list[str] = field(default_factory=list)
 
-    def add(self, name: str) -> None:
+    def add(self, name: str, num_bytes: int = 0) -> None:
         self.count += 1
+        self.bytes += num_bytes
         if len(self.names) < NAMES_KEPT:
             self.names.append(name)
 
@@ -49,12 +51,15 @@ class Ledger:
             read counts as one.
         ignored_files: Files and folders that the listing did not take, by reason.
         documents_cut: Documents that were cut in two, and so count once in each split.
+        documents_cut_unsure: Documents so long that they were cut for the tokenizer at places
+            where another token might have reached over the cut.
     """
 
     splits: dict[str, SplitCounts] = field(default_factory=dict)
     left_out: dict[str, LeftOut] = field(default_factory=dict)
     ignored_files: dict[str, LeftOut] = field(default_factory=dict)
     documents_cut: int = 0
+    documents_cut_unsure: int = 0
 
     @property
     def documents_seen(self) -> int:
@@ -63,17 +68,31 @@ class Ledger:
         left_out = sum(entry.count for entry in self.left_out.values())
         return used - self.documents_cut + left_out
 
-    def use(self, split: str, *, num_bytes: int, num_tokens: int, is_new_file: bool) -> None:
-        """Counts one document, or one part of one, into a split."""
+    @property
+    def bytes_seen(self) -> int:
+        """UTF-8 bytes of all documents met, used or left out."""
+        used = sum(split.bytes for split in self.splits.values())
+        return used + sum(entry.bytes for entry in self.left_out.values())
+
+    def use(
+        self,
+        split: str,
+        *,
+        num_bytes: int,
+        num_tokens: int,
+        is_new_file: bool,
+        is_last: bool = True,
+    ) -> None:
+        """Counts one document, one part of one or (not `is_last`) a piece into a split."""
         counts = self.splits.setdefault(split, SplitCounts())
         counts.files += is_new_file
-        counts.documents += 1
+        counts.documents += is_last
         counts.bytes += num_bytes
         counts.tokens += num_tokens
 
-    def leave_out(self, reason: str, name: str) -> None:
+    def leave_out(self, reason: str, name: str, num_bytes: int = 0) -> None:
         """Counts one document (or one unreadable file) as not used."""
-        self.left_out.setdefault(reason, LeftOut()).add(name)
+        self.left_out.setdefault(reason, LeftOut()).add(name, num_bytes)
 
     def ignore_file(self, reason: str, name: str) -> None:
         """Counts one file or folder as not taken by the listing."""
@@ -94,6 +113,11 @@ class Ledger:
                 f"{self.documents_cut:,} documents were cut in two, a part for each split,"
                 " because there are too few for whole ones"
             )
+        if self.documents_cut_unsure:
+            lines.append(
+                f"{self.documents_cut_unsure:,} long documents were cut for the tokenizer, at line"
+                " ends where there are any: a token may differ at each cut"
+            )
         lines += _left_out_lines("left out", self.left_out)
         lines += _left_out_lines("not read", self.ignored_files)
         return lines
@@ -112,6 +136,7 @@ class Ledger:
                 reason: LeftOut(**entry) for reason, entry in values["ignored_files"].items()
             },
             documents_cut=values["documents_cut"],
+            documents_cut_unsure=values["documents_cut_unsure"],
         )
 
 
@@ -130,5 +155,6 @@ def _left_out_lines(verb: str, entries: dict[str, LeftOut]) -> list[str]:
     lines = []
     for reason, entry in sorted(entries.items()):
         names = ", ".join(entry.names) + (", ..." if entry.count > len(entry.names) else "")
-        lines.append(f"{verb}: {entry.count:,} {reason} ({names})")
+        size = f", {entry.bytes:,} bytes" if entry.bytes else ""
+        lines.append(f"{verb}: {entry.count:,} {reason}{size} ({names})")
     return lines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -13,6 +13,7 @@ from llm_training.data.encoding import TextEncoder
 from llm_training.data.errors import DataError
 from llm_training.data.folders import check_free_space, exclusive, new_folder
 from llm_training.data.ledger import Ledger
+from llm_training.data.nanogpt_meta import write_nanogpt_meta
 from llm_training.data.prepared import PreparedData, content_fingerprint
 from llm_training.data.progress import Progress
 from llm_training.data.recipe import Recipe, make_recipe
@@ -20,24 +21,15 @@ from llm_training.data.sources import SourceFile, find_files, fixed_part
 from llm_training.data.split import (
     TRAIN,
     VALIDATION,
+    Split,
     documents_needed,
     validation_share,
 )
-from llm_training.data.token_store import (
-    FILE_NAMES,
-    SplitMeta,
-    StoreMeta,
-    TokenStore,
-    TokenStoreWriter,
-    dtype_for,
-    read_meta,
-)
-from llm_training.data.tokenizers import (
-    TrainedKind,
-    load_tokenizer,
-    tokenizer_fingerprint,
-    train_tokenizer,
-)
+from llm_training.data.store_meta import SplitMeta, StoreMeta, dtype_for, read_meta
+from llm_training.data.store_writer import TokenStoreWriter
+from llm_training.data.token_files import is_token_file, name_token_files
+from llm_training.data.token_store import FILE_NAMES, TokenStore
+from llm_training.data.tokenizers import load_tokenizer, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,29 +43,25 @@ TOKENIZER_FOLDER = "tokenizer"
 _BYTES_PER_TOKEN = 3
 
 
-def prepare_data(
+def prepare_source(
     arguments: DataArguments, *, tokenizer_source: str | None = None, say: Say = print
 ) -> PreparedData:
-    """Reads, tokenizes and stores the data that the arguments name, unless that was done before.
+    """Reads, tokenizes and stores the data of one source, unless that was done before.
 
     Several processes may call it at once: one builds, the others wait and take the result.
 
     Args:
-        arguments: the settings.
+        arguments: the settings; `train_mixture` is not looked at.
         tokenizer_source: model whose tokenizer is used where tokenizer_name is null.
         say: takes lines that tell what is being done.
 
     Raises:
         DataError: a fault in the data or its settings.
     """
-    _check_settings(arguments)
     listing = Ledger()
-    train_files, validation_files = (
-        find_files(getattr(arguments, name), arguments.exclude_files, listing, argument=name)
-        for name in ("train_file", "validation_file")
-    )
-    _tell_overlap(train_files, validation_files, say)
-    if any(file.kind == "bin" for file in (*train_files, *validation_files)):
+    train_files, validation_files = list_files(arguments, listing, say)
+    if any(is_token_file(file.path) for file in (*train_files, *validation_files)):
+        _check_token_settings(arguments)
         return prepare_bin_files(
             train_files,
             validation_files,
@@ -88,6 +76,24 @@ def prepare_data(
     return _open_prepared(folder, recipe, listing)
 
 
+def list_files(
+    arguments: DataArguments, listing: Ledger, say: Say
+) -> tuple[list[SourceFile], list[SourceFile]]:
+    """The files that train_file and validation_file name; `listing` counts those not taken."""
+    _check_settings(arguments)
+    train_files, validation_files = (
+        find_files(
+            name_token_files(getattr(arguments, name), argument=name, say=say),
+            arguments.exclude_files,
+            listing,
+            argument=name,
+        )
+        for name in ("train_file", "validation_file")
+    )
+    _tell_overlap(train_files, validation_files, say)
+    return train_files, validation_files
+
+
 def _check_settings(arguments: DataArguments) -> None:
     if arguments.train_file and arguments.dataset_name:
         raise DataError("train_file and dataset_name are both given. Give one of them.")
@@ -98,6 +104,21 @@ def _check_settings(arguments: DataArguments) -> None:
             f"validation_split_percentage is {arguments.validation_split_percentage}."
             " Give a number from 0 to below 100."
         )
+
+
+def _check_token_settings(arguments: DataArguments) -> None:
+    """Refuses, for token files, what is done to text alone."""
+    if arguments.dataset_name:
+        raise DataError(
+            f"validation_file is a token file, but dataset_name {arguments.dataset_name!r} is text."
+            " Give text for both, or token files for both."
+        )
+    for name in ("drop_duplicates", "min_document_characters", "messages_column", "prompt_column"):
+        if value := getattr(arguments, name):
+            raise DataError(
+                f"{name}={value} cannot be done to token files: it needs their text. Leave it out,"
+                " or give the text."
+            )
 
 
 def _tell_overlap(train: list[SourceFile], validation: list[SourceFile], say: Say) -> None:
@@ -148,15 +169,15 @@ def _is_whole(folder: Path, key: str) -> bool:
 
 def _build(recipe: Recipe, key: str, folder: Path, say: Say) -> None:
     _check_space(recipe, folder.parent)
-    within = recipe.is_split_within()
-    _tell_split(recipe, within, say)
+    split = recipe.split()
+    _tell_split(split, say)
     with new_folder(folder) as temporary:
-        tokenizer = recipe.tokenizer or _train(recipe, within, say)
+        tokenizer = recipe.tokenizer or make_tokenizer([recipe], say)
         tokenizer.save_pretrained(str(temporary / TOKENIZER_FOLDER))
         ledger = Ledger()
-        splits = _write_tokens(recipe, within, tokenizer, temporary, ledger, say)
+        splits = _write_tokens(recipe, split, tokenizer, temporary, ledger, say)
         mark = tokenizer_fingerprint(tokenizer)
-        hashes = {name: split.sha256 for name, split in splits.items()}
+        hashes = {name: split.fingerprint for name, split in splits.items()}
         StoreMeta(
             dtype=dtype_for(len(tokenizer)).name,
             vocab_size=len(tokenizer),
@@ -171,6 +192,7 @@ def _build(recipe: Recipe, key: str, folder: Path, say: Say) -> None:
             source_key=key,
             ledger=ledger.to_dict(),
         ).write(temporary)
+        write_nanogpt_meta(temporary, tokenizer)
     say(f"Tokens: written to {folder}")
 
 
@@ -178,43 +200,53 @@ def _check_space(recipe: Recipe, cache: Path) -> None:
     is_long = recipe.tokenizer_name in ("char", "byte")
     vocab_size = len(recipe.tokenizer) if recipe.tokenizer else recipe.vocab_size
     num_tokens = recipe.num_bytes() // (1 if is_long else _BYTES_PER_TOKEN)
-    check_free_space(cache, num_tokens * dtype_for(vocab_size).itemsize)
+    # Of conversations, each token is marked as learned or not.
+    bytes_a_token = dtype_for(vocab_size).itemsize + recipe.holds_conversations
+    check_free_space(cache, num_tokens * bytes_a_token)
 
 
-def _tell_split(recipe: Recipe, within: bool, say: Say) -> None:
-    percentage = f"{float(recipe.share * 100):g}%"
-    if within:
+def _tell_split(split: Split, say: Say) -> None:
+    percentage = f"{float(split.share * 100):g}%"
+    if split.within:
         say(
             f"Validation: the last {percentage} of the characters of each document, as there are"
-            f" fewer than {documents_needed(recipe.share):,} documents"
+            f" fewer than {documents_needed(split.share):,} documents"
         )
-    elif recipe.share:
+    elif split.share:
         say(f"Validation: {percentage} of the documents, spread evenly")
 
 
-def _train(recipe: Recipe, within: bool, say: Say) -> PreTrainedTokenizerBase:
-    """Makes the tokenizer from what is trained on, and from no validation text."""
-    kind = cast(TrainedKind, recipe.tokenizer_name)
+def make_tokenizer(recipes: Sequence[Recipe], say: Say) -> PreTrainedTokenizerBase:
+    """Makes the tokenizer from what is trained on, and from no validation text.
+
+    Args:
+        recipes: of all sources; the first says what kind of tokenizer it is.
+    """
+    first = recipes[0]
+    kind = first.tokenizer_name
     if kind == "byte":
-        return train_tokenizer(kind, (), recipe.vocab_size)
-    progress = Progress(say, f"Making the {kind} tokenizer", recipe.num_bytes())
+        return first.train_tokenizer(())
+    progress = Progress(
+        say, f"Making the {kind} tokenizer", sum(recipe.num_bytes() for recipe in recipes)
+    )
 
     def training_texts() -> Iterator[str]:
-        for part in recipe.train_parts(Ledger(), within=within):
-            if part.split == TRAIN:
-                progress.update(part.document.num_bytes)
-                yield part.document.text
+        for recipe in recipes:
+            for part in recipe.train_parts(Ledger(), recipe.split()):
+                if part.split == TRAIN:
+                    progress.update(part.document.num_bytes)
+                    yield part.document.text
 
-    tokenizer = train_tokenizer(kind, training_texts(), recipe.vocab_size)
+    tokenizer = first.train_tokenizer(training_texts())
     progress.finish()
-    wanted = f" of the {recipe.vocab_size:,} asked for" if kind == "bpe" else ""
+    wanted = f" of the {first.vocab_size:,} asked for" if kind == "bpe" else ""
     say(f"Tokenizer: {kind}, {len(tokenizer):,} tokens{wanted}")
     return tokenizer
 
 
 def _write_tokens(
     recipe: Recipe,
-    within: bool,
+    split: Split,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     ledger: Ledger,
@@ -223,32 +255,38 @@ def _write_tokens(
     """Writes one file for each split, and counts every document in `ledger`."""
     progress = Progress(say, "Tokenizing", recipe.num_bytes())
     last_file: dict[str, str | None] = {}
-    parts = recipe.parts(ledger, within=within)
+    parts = recipe.parts(ledger, split)
     with ExitStack() as stack:
         writers = {
-            split: stack.enter_context(
+            name: stack.enter_context(
                 TokenStoreWriter(
-                    folder / FILE_NAMES[split], len(tokenizer), cast(int, tokenizer.eos_token_id)
+                    folder / FILE_NAMES[name],
+                    len(tokenizer),
+                    cast(int, tokenizer.eos_token_id),
+                    has_learned=recipe.holds_conversations,
                 )
             )
-            for split in recipe.splits()
+            for name in recipe.splits()
         }
-        for part, ids in TextEncoder(tokenizer).encode((p, p.document.text) for p in parts):
-            num_tokens = writers[part.split].write_document(ids)
+        encoder = TextEncoder(tokenizer)
+        for part, ids, learned in encoder.encode(parts):
             document = part.document
+            num_tokens = writers[part.split].write(ids, learned, is_last=document.is_last)
             ledger.use(
                 part.split,
                 num_bytes=document.num_bytes,
                 num_tokens=num_tokens,
                 is_new_file=document.file != last_file.get(part.split),
+                is_last=document.is_last,
             )
             ledger.documents_cut += part.completes_cut
             last_file[part.split] = document.file
             progress.update(document.num_bytes, num_tokens)
     progress.finish()
-    for split, writer in writers.items():
-        _check_not_empty(split, writer, ledger)
-    return {split: writer.meta() for split, writer in writers.items()}
+    ledger.documents_cut_unsure = encoder.documents_cut_unsure
+    for name, writer in writers.items():
+        _check_not_empty(name, writer, ledger)
+    return {name: writer.meta() for name, writer in writers.items()}
 
 
 def _check_not_empty(split: str, writer: TokenStoreWriter, ledger: Ledger) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from llm_training.data.leakage import Leakage
 from llm_training.data.ledger import Ledger
 from llm_training.data.token_store import TokenStore
 
@@ -15,15 +17,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Data that is ready to be trained on.
+    """Data that is ready to be trained on: one source, or a mixture of several.
 
     Attributes:
-        train: None only where there is no training data (evaluation alone).
-        validation: None where validation_split_percentage is 0 and there is no validation_file.
-        tokenizer: None only for .bin data without a tokenizer.
+        train: None where there is no training data (evaluation alone), and in a mixture.
+        validation: None where validation_split_percentage is 0 and there is no validation_file,
+            and in a mixture.
+        tokenizer: None only for token files without a tokenizer.
         vocab_size: every id is below this.
         fingerprint: changes if, and only if, the tokens or the tokenizer do.
         ledger: what became of every document.
+        leakage: what training and validation data share, where that was looked for.
+        parts: of a mixture, its sources by name.
+        weight: of a source in a mixture.
     """
 
     train: TokenStore | None
@@ -32,6 +38,29 @@ class PreparedData:
     vocab_size: int
     fingerprint: str
     ledger: Ledger
+    leakage: Leakage | None = None
+    parts: Mapping[str, PreparedData] = field(default_factory=dict)
+    weight: float = 1.0
+
+    def stores(self, split: str) -> dict[str, TokenStore]:
+        """The token stores of a split, by the name of their source; of a single source ""."""
+        return {name: store for name, of, store in self._stores() if of == split}
+
+    def _stores(self) -> Iterator[tuple[str, str, TokenStore]]:
+        for name, part in (self.parts or {"": self}).items():
+            for split, store in (("train", part.train), ("validation", part.validation)):
+                if store is not None:
+                    yield name, split, store
+
+    def num_tokens(self, split: str) -> int:
+        """Tokens of all stores of a split."""
+        return sum(store.num_tokens for store in self.stores(split).values())
+
+    def lines(self) -> list[str]:
+        """The ledgers for a person."""
+        lines = self.ledger.lines()
+        lines += [f"{name}: {line}" for name, part in self.parts.items() for line in part.lines()]
+        return [*lines, self.leakage.line()] if self.leakage else lines
 
 
 def content_fingerprint(train: str | None, validation: str | None, tokenizer: str | None) -> str:

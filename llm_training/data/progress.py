@@ -14,7 +14,7 @@ class Progress:
     Args:
         say: takes each line.
         task: what is being done.
-        total_bytes: roughly how much text there is.
+        total_bytes: roughly how much text there is; 0: not known.
     """
 
     def __init__(self, say: Callable[[str], None], task: str, total_bytes: int):
@@ -31,7 +31,8 @@ class Progress:
         now = time.monotonic()
         if now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
-            self._say(f"{self._task}: {self._so_far()} of about {self._total_bytes / 1e6:,.0f} MB")
+            whole = f" of about {self._total_bytes / 1e6:,.0f} MB" if self._total_bytes else ""
+            self._say(f"{self._task}: {self._so_far()}{whole}")
 
     def finish(self) -> None:
         self._say(f"{self._task}: done, {self._so_far()}")
@@ -39,4 +40,5 @@ class Progress:
     def _so_far(self) -> str:
         tokens = f", {self._num_tokens:,} tokens" if self._num_tokens else ""
         seconds = time.monotonic() - self._start
-        return f"{self._num_bytes / 1e6:,.1f} MB{tokens} in {seconds:,.1f} s"
+        text = f"{self._num_bytes / 1e6:,.1f} MB{tokens}" if self._num_bytes else tokens[2:]
+        return f"{text} in {seconds:,.1f} s"

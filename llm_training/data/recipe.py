@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib.metadata import version
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from arguments import holds_conversations
+from llm_training.data.chat import Conversations, load_chat_template
 from llm_training.data.errors import DataError
+from llm_training.data.filtered import FilteredSource
+from llm_training.data.formats import DocumentFormat, PlainText
 from llm_training.data.hub_datasets import load_hub_dataset
 from llm_training.data.ledger import Ledger
 from llm_training.data.sources import Source, SourceFile, TextFiles
@@ -19,13 +22,20 @@ from llm_training.data.split import (
     TRAIN,
     VALIDATION,
     Part,
+    Split,
+    count_documents,
     documents_needed,
-    split_whole,
-    split_within,
+    share_of_few,
     validation_share,
 )
-from llm_training.data.token_store import FORMAT_VERSION
-from llm_training.data.tokenizers import TRAINED_KINDS, load_tokenizer, tokenizer_fingerprint
+from llm_training.data.store_meta import FORMAT_VERSION
+from llm_training.data.tokenizers import (
+    TRAINED_KINDS,
+    TrainedKind,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    train_tokenizer,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +54,8 @@ class Recipe:
         share: of the training documents kept for validation; 0 where that has its own.
         tokenizer_name: as it was asked for.
         tokenizer: the loaded one; None where it is still to be made from the training data.
-        vocab_size: of a tokenizer to be made.
+        vocab_size, min_frequency, special_tokens: of a tokenizer to be made.
+        holds_conversations: whether the documents are conversations.
     """
 
     train: Source | None
@@ -53,6 +64,9 @@ class Recipe:
     tokenizer_name: str
     tokenizer: PreTrainedTokenizerBase | None
     vocab_size: int
+    min_frequency: int = 0
+    special_tokens: tuple[str, ...] = ()
+    holds_conversations: bool = False
 
     def key(self) -> str:
         """Hash of everything that decides the tokens, without reading the text."""
@@ -65,9 +79,27 @@ class Recipe:
                 "validation": self.validation and self.validation.key(),
                 "share": str(self.share),
                 "tokenizer": loaded or self.tokenizer_name,
-                # Only bpe has a size to choose.
-                "vocab_size": self.vocab_size if self.tokenizer_name == "bpe" else None,
+                **self.tokenizer_key(),
             }
+        )
+
+    def tokenizer_key(self) -> dict[str, Any]:
+        """What decides a tokenizer that is made from the data, beside the data."""
+        if self.tokenizer is not None:
+            return {}
+        key: dict[str, Any] = {"special_tokens": self.special_tokens}
+        if self.tokenizer_name == "bpe":
+            key |= {"vocab_size": self.vocab_size, "min_frequency": self.min_frequency}
+        return key
+
+    def train_tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+        """Makes the tokenizer that this recipe asks for."""
+        return train_tokenizer(
+            cast(TrainedKind, self.tokenizer_name),
+            texts,
+            self.vocab_size,
+            min_frequency=self.min_frequency,
+            special_tokens=self.special_tokens,
         )
 
     def num_bytes(self) -> int:
@@ -78,21 +110,27 @@ class Recipe:
         has_validation = self.validation is not None or self.share > 0
         return [TRAIN] * (self.train is not None) + [VALIDATION] * has_validation
 
-    def is_split_within(self) -> bool:
-        """Whether there are too few documents for whole ones; reads no more than it must."""
+    def split(self) -> Split:
+        """How the training source is divided; reads no more of it than it must.
+
+        Where there are too few documents for whole ones, each is cut in two. Conversations stay
+        whole however few they are.
+        """
         if not self.share or self.train is None:
-            return False
+            return Split(self.share)
         needed = documents_needed(self.share)
-        return sum(1 for _ in islice(self.train.documents(Ledger()), needed)) < needed
+        found = count_documents(self.train.documents(Ledger()), needed)
+        if self.holds_conversations:
+            return Split(share_of_few(found, self.share))
+        return Split(self.share, within=found < needed)
 
-    def train_parts(self, ledger: Ledger, *, within: bool) -> Iterator[Part]:
+    def train_parts(self, ledger: Ledger, split: Split) -> Iterator[Part]:
         """The training source, divided into its two splits."""
-        documents = self.train.documents(ledger) if self.train else iter(())
-        return split_within(documents, self.share) if within else split_whole(documents, self.share)
+        return split.parts(self.train.documents(ledger) if self.train else ())
 
-    def parts(self, ledger: Ledger, *, within: bool) -> Iterator[Part]:
+    def parts(self, ledger: Ledger, split: Split) -> Iterator[Part]:
         """Every document of every source; `ledger` counts those left out."""
-        yield from self.train_parts(ledger, within=within)
+        yield from self.train_parts(ledger, split)
         if self.validation:
             for document in self.validation.documents(ledger):
                 yield Part(VALIDATION, document)
@@ -105,28 +143,84 @@ def make_recipe(
     tokenizer_source: str | None,
     say: Say,
 ) -> Recipe:
-    def text_files(files: list[SourceFile]) -> Source | None:
-        if not files:
-            return None
-        return TextFiles(files, arguments.text_column, arguments.skip_bad_files)
+    """Everything that decides the tokens of these settings; loads the tokenizer and the dataset.
 
+    Raises:
+        DataError: the tokenizer or the dataset cannot be had, or do not fit each other.
+    """
     share = validation_share(arguments.validation_split_percentage)
-    train, validation = text_files(train_files), text_files(validation_files)
+    name = arguments.tokenizer_name or tokenizer_source
+    has_train = bool(train_files or arguments.dataset_name)
+    tokenizer = _load_if_given(name, has_train=has_train)
+    document_format = make_format(arguments, tokenizer)
+    train: Source | None
+    validation: Source | None
+    train, validation = (
+        TextFiles(
+            files,
+            document_format,
+            document_separator=arguments.document_separator,
+            skip_bad_files=arguments.skip_bad_files,
+            skip_bad_documents=arguments.skip_bad_documents,
+        )
+        if files
+        else None
+        for files in (train_files, validation_files)
+    )
     if arguments.dataset_name:
         say(f"Loading dataset {arguments.dataset_name}")
         train, own_validation = load_hub_dataset(
-            arguments.dataset_name, arguments.dataset_config_name, arguments.text_column
+            arguments.dataset_name,
+            arguments.dataset_config_name,
+            split=arguments.dataset_split,
+            validation_split=arguments.dataset_validation_split,
+            revision=arguments.dataset_revision,
+            document_format=document_format,
+            skip_bad_documents=arguments.skip_bad_documents,
         )
-        # A percentage of 0 asks for no validation, unless a file is named for it.
-        validation = validation or (own_validation if share else None)
-    name = arguments.tokenizer_name or tokenizer_source
+        # A percentage of 0 asks for no validation, unless a file or split is named for it.
+        is_wanted = share or arguments.dataset_validation_split
+        validation = validation or (own_validation if is_wanted else None)
     return Recipe(
-        train=train,
-        validation=validation,
+        train=_filtered(train, arguments),
+        validation=_filtered(validation, arguments),
         share=Fraction(0) if validation else share,
         tokenizer_name=name or "",
-        tokenizer=_load_if_given(name, has_train=train is not None),
+        tokenizer=tokenizer,
         vocab_size=arguments.vocab_size,
+        min_frequency=arguments.bpe_min_frequency,
+        special_tokens=tuple(arguments.special_tokens),
+        holds_conversations=document_format.gives_conversations,
+    )
+
+
+def make_format(
+    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase | None
+) -> DocumentFormat:
+    """How the rows of the data become documents: as text, or as conversations."""
+    if not holds_conversations(arguments):
+        return PlainText(arguments.text_column)
+    if tokenizer is None:
+        raise DataError(
+            "Conversations need a tokenizer that knows their turns: name one with tokenizer_name"
+            " (a folder or hub id); char, byte and bpe have none."
+        )
+    return Conversations(
+        tokenizer,
+        messages_column=arguments.messages_column,
+        prompt_column=arguments.prompt_column,
+        completion_column=arguments.completion_column,
+        chat_template=load_chat_template(arguments.chat_template),
+    )
+
+
+def _filtered(source: Source | None, arguments: DataArguments) -> Source | None:
+    if source is None or not (arguments.min_document_characters or arguments.drop_duplicates):
+        return source
+    return FilteredSource(
+        source,
+        min_document_characters=arguments.min_document_characters,
+        drop_duplicates=arguments.drop_duplicates,
     )
 
 

@@ -11,26 +11,45 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
 
+from llm_training.data.compressed import is_compressed
 from llm_training.data.errors import DataError
+from llm_training.data.formats import DocumentFormat
 from llm_training.data.ledger import Ledger
-from llm_training.data.readers import FileKind, UnreadableFile, kind_of, read_texts
+from llm_training.data.readers import TABLE_SUFFIXES, FileKind, kind_of, read_rows
+from llm_training.data.table_rows import NO_TEXT, BadRow, Row
+from llm_training.data.text_files import UnreadableFile
+from llm_training.data.text_pieces import Separator, TextPiece, read_texts
 
 EMPTY_DOCUMENT = "empty documents"
+HALF_PAIR = "texts with half of a surrogate pair"
+# Only for the progress and the check of free space.
+_TEXT_PER_PACKED_BYTE = 4
+# What the datasets library writes beside its .arrow files; they hold no rows.
+_DATASET_DESCRIPTIONS = ("dataset_dict.json", "dataset_info.json", "state.json")
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text.
+    """One text, or a piece of one that is too long to be held whole.
 
     Attributes:
         text: never empty.
         num_bytes: its length in UTF-8.
         file: the file it came from; None for a row of a hub dataset.
+        where: names it in messages: path and line, dataset and row.
+        is_last: whether the document ends here; pieces of one document follow each other.
+        learned: conversations alone: the parts [start, stop) of `text`, in characters, that are
+            learned. They write out their own special tokens, the last end-of-text included.
+        num_characters: of the whole document, before any split, where this is a piece of it.
     """
 
     text: str
     num_bytes: int
     file: str | None
+    where: str
+    is_last: bool = True
+    learned: tuple[tuple[int, int], ...] | None = None
+    num_characters: int | None = None
 
 
 class Source(Protocol):
@@ -70,56 +89,142 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class TextFiles:
-    """The documents of a list of files; memory is bounded by the largest text file.
+    """The documents of a list of files; memory is bounded by the longest row of a table.
+
+    A text file above some MB is given in pieces.
 
     Attributes:
+        document_format: makes the rows of tables into documents; text files are text as they are.
+        document_separator: what parts text files into documents, see `read_texts`.
         skip_bad_files: leave out unreadable files that were not named themselves.
+        skip_bad_documents: leave out rows that cannot be read or hold no document.
+
+    Raises:
+        DataError: there is a text file, and the format is one for conversations.
     """
 
     files: Sequence[SourceFile]
-    text_column: str
-    skip_bad_files: bool
+    document_format: DocumentFormat
+    document_separator: Separator = "file"
+    skip_bad_files: bool = False
+    skip_bad_documents: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.document_format.gives_conversations:
+            return
+        if texts := [file.path for file in self.files if file.kind == "text"]:
+            raise DataError(
+                f"{texts[0]} is a text file, without the columns of conversations"
+                f" ({', '.join(self.document_format.columns)}). Those are read from"
+                f" {TABLE_SUFFIXES} files and from datasets: leave this file out with"
+                " exclude_files, or set text_column in place of the columns of conversations."
+            )
 
     def documents(self, ledger: Ledger) -> Iterator[Document]:
         """The documents, file by file.
 
         Raises:
-            DataError: a file cannot be read, or changed since it was listed.
+            DataError: a file or a row cannot be read, or a file changed since it was listed.
         """
         for file in self.files:
             try:
-                for where, text in read_texts(file.path, file.kind, self.text_column):
-                    if text:
-                        yield Document(text, utf8_length(text, where), str(file.path))
-                    else:
-                        ledger.leave_out(EMPTY_DOCUMENT, where)
+                yield from self._documents_of(file, ledger)
             except UnreadableFile as fault:
                 if file.is_named or not self.skip_bad_files:
                     raise DataError(_unreadable_message(file, fault)) from None
                 ledger.leave_out(fault.reason, file.name)
             except OSError as error:
                 raise DataError(
-                    f"{file.path} cannot be read: {error.strerror}. Check that it is still there"
-                    " and that you may read it."
+                    f"{file.path} cannot be read: {error.strerror or error}. Check that it is still"
+                    " there and that you may read it."
                 ) from None
+            except UnicodeDecodeError:
+                # It was text when it was checked.
+                _check_unchanged(file)
+                raise
             _check_unchanged(file)
 
+    def _documents_of(self, file: SourceFile, ledger: Ledger) -> Iterator[Document]:
+        if file.kind == "text":
+            return documents_of_texts(
+                read_texts(file.path, self.document_separator), file=str(file.path), ledger=ledger
+            )
+        return documents_of_rows(
+            read_rows(file.path, file.kind, self.document_format.columns),
+            self.document_format,
+            file=str(file.path),
+            skip_bad_documents=self.skip_bad_documents,
+            ledger=ledger,
+        )
+
     def key(self) -> Any:
-        files = [(file.name, file.kind, file.num_bytes, file.mtime_ns) for file in self.files]
-        return {"files": files, "text_column": self.text_column, "skip": self.skip_bad_files}
+        return {
+            "files": [(file.name, file.kind, file.num_bytes, file.mtime_ns) for file in self.files],
+            "format": self.document_format.key(),
+            "skip": [self.skip_bad_files, self.skip_bad_documents],
+            "separator": self.document_separator,
+        }
 
     def num_bytes(self) -> int:
-        return sum(file.num_bytes for file in self.files)
+        return sum(
+            file.num_bytes * (_TEXT_PER_PACKED_BYTE if is_compressed(file.path) else 1)
+            for file in self.files
+        )
+
+
+def documents_of_texts(
+    pieces: Iterable[TextPiece], *, file: str, ledger: Ledger
+) -> Iterator[Document]:
+    """The documents of a text file; `ledger` counts the empty ones, which are left out."""
+    for where, text, is_last, num_characters in pieces:
+        if text:
+            yield Document(
+                text, utf8_length(text, where), file, where, is_last, num_characters=num_characters
+            )
+        else:
+            ledger.leave_out(EMPTY_DOCUMENT, where)
+
+
+def documents_of_rows(
+    rows: Iterable[Row],
+    document_format: DocumentFormat,
+    *,
+    file: str | None,
+    skip_bad_documents: bool,
+    ledger: Ledger,
+) -> Iterator[Document]:
+    """The documents of the rows of a table; `ledger` counts those left out.
+
+    Raises:
+        DataError: a row is bad, or holds no document, and bad ones are not skipped.
+    """
+    for where, row in rows:
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            text, learned = document_format.render(row, where)
+            num_bytes = utf8_length(text, where)
+        except DataError as error:
+            if not skip_bad_documents:
+                raise
+            ledger.leave_out(error.reason if isinstance(error, BadRow) else NO_TEXT, where)
+            continue
+        if text:
+            yield Document(text, num_bytes, file, where, learned=learned)
+        else:
+            ledger.leave_out(EMPTY_DOCUMENT, where)
 
 
 def utf8_length(text: str, where: str) -> int:
-    """Bytes of `text` in UTF-8; raises DataError for half a surrogate pair, which has none."""
+    """Bytes of `text` in UTF-8; raises BadRow for half a surrogate pair, which has none."""
     try:
         return len(text.encode("utf-8"))
     except UnicodeEncodeError as error:
-        raise DataError(
+        raise BadRow(
+            HALF_PAIR,
             f"{where}: character {error.start:,} is half of a surrogate pair"
-            f" ({text[error.start]!r}), which is no text. Mend or remove this document."
+            f" ({text[error.start]!r}), which is no text. Mend or remove this document, or leave"
+            " such ones out with skip_bad_documents.",
         ) from None
 
 
@@ -218,6 +323,7 @@ def _files_below(top: str) -> Iterator[str]:
 def _readable_files(
     candidates: list[tuple[str, str]], exclude: Sequence[str], ledger: Ledger
 ) -> Iterator[SourceFile]:
+    has_arrow = any(kind_of(path) == "arrow" for path, _ in candidates)
     for path, below in candidates:
         kind = kind_of(path)
         if "/." in f"/{below}" or "/__pycache__/" in f"/{below}":
@@ -225,7 +331,9 @@ def _readable_files(
         elif any(fnmatch(path, p) or fnmatch(os.path.basename(path), p) for p in exclude):
             ledger.ignore_file("files that exclude_files matches", below)
         elif kind == "bin":
-            ledger.ignore_file("token files (.bin), which must be named themselves", below)
+            ledger.ignore_file("token files (.bin, .npy), which must be named themselves", below)
+        elif has_arrow and os.path.basename(path) in _DATASET_DESCRIPTIONS:
+            ledger.ignore_file("descriptions of the datasets library, without rows", below)
         elif kind is None:
             ledger.ignore_file("files without a known text suffix", below)
         elif not os.path.isfile(path):

@@ -1,116 +1,78 @@
-"""Token stores: flat files of token ids, and the `meta.json` beside them that describes them."""
+"""Token stores: flat files of token ids that are mapped into memory, not read.
+
+- `train.bin`, `val.bin`: the ids, little-endian uint16 or uint32, documents end to end
+- `train.ends`: where each document ends, uint64, counted in tokens
+- `train.learned`: of conversations, one byte for each token, 1 where it is learned
+- `meta.json`: what they hold (`store_meta`)
+
+A token file that another program wrote needs nothing beside it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llm_training.data.errors import DataError
+from llm_training.data.store_meta import META_FILE, read_meta
 
-FORMAT = "llm_training token store"
-FORMAT_VERSION = 1
-META_FILE = "meta.json"
 FILE_NAMES = {"train": "train.bin", "validation": "val.bin"}
-UINT16_VOCABULARY = 2**16
+ENDS_DTYPE = np.dtype("<u8")
 _CHUNK_BYTES = 16 * 2**20
+_CHUNK_TOKENS = 2**22
 
 
-def dtype_for(vocab_size: int) -> np.dtype:
-    """The smallest type that holds every id: little-endian uint16 or uint32."""
-    return np.dtype("<u2" if vocab_size <= UINT16_VOCABULARY else "<u4")
+def ends_file(path: Path) -> Path:
+    """Where the ends of the documents of a token file lie."""
+    return path.with_suffix(".ends")
+
+
+def learned_file(path: Path) -> Path:
+    """Where it is marked which of its tokens are learned."""
+    return path.with_suffix(".learned")
+
+
+class Tokens(Protocol):
+    """A stream of tokens that rows are made of, on disk or in memory; see `TokenStore`."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def tokens(self) -> NDArray[np.unsignedinteger]: ...
+
+    @property
+    def learned(self) -> NDArray[np.uint8] | None: ...
+
+    @property
+    def ends(self) -> NDArray[np.uint64] | None: ...
 
 
 @dataclass(frozen=True)
-class SplitMeta:
-    """What is known of one file: counts, the SHA-256 of its bytes, and its largest id."""
-
-    file: str
-    tokens: int
-    documents: int
-    sha256: str
-    max_id: int
-
-
-@dataclass(frozen=True)
-class StoreMeta:
-    """The `meta.json` of a folder of token files.
+class TokenArray:
+    """Tokens in memory: what `TokenStore` is on disk.
 
     Attributes:
-        dtype: `uint16` or `uint32`, little-endian.
-        tokenizer: `name`, `fingerprint` and `folder` (relative) of the tokenizer.
-        splits: by name, `train` and `validation`.
-        fingerprint: of the tokens and the tokenizer.
-        source_key: of all that decided the tokens.
-        ledger: `Ledger.to_dict`.
+        tokens: (num_tokens,) unsigned integers.
+        ends: (documents,) uint64, see `TokenStore.ends`.
+        learned: (num_tokens,) uint8, see `TokenStore.learned`.
     """
 
-    dtype: str
-    vocab_size: int
-    eos_token_id: int
-    tokenizer: dict[str, str]
-    splits: dict[str, SplitMeta]
-    fingerprint: str
-    source_key: str
-    ledger: dict[str, Any]
+    tokens: NDArray[np.unsignedinteger]
+    ends: NDArray[np.uint64] | None = None
+    learned: NDArray[np.uint8] | None = None
 
-    def write(self, folder: Path) -> None:
-        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
-        (folder / META_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-    def split_of(self, path: Path) -> SplitMeta | None:
-        """What it says of this file, if anything."""
-        return next((split for split in self.splits.values() if split.file == path.name), None)
-
-
-def read_meta(folder: Path) -> StoreMeta | None:
-    """The `meta.json` of a folder; None where there is none, or it is another program's.
-
-    Raises:
-        DataError: it is ours, and of another version, or damaged.
-    """
-    path = folder / META_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-        return None
-    if (version := content.pop("format_version", None)) != FORMAT_VERSION:
-        raise DataError(
-            f"{path} has format version {version}, this program reads {FORMAT_VERSION}."
-            " Make the token files again from their text."
-        )
-    try:
-        splits = {name: SplitMeta(**split) for name, split in content.pop("splits").items()}
-        meta = StoreMeta(splits=splits, **content)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path} is damaged ({error}). Make the token files again from their text."
-        ) from None
-    _check_dtype(meta, path)
-    return meta
-
-
-def _check_dtype(meta: StoreMeta, path: Path) -> None:
-    if meta.dtype not in ("uint16", "uint32") or (
-        meta.dtype == "uint16" and meta.vocab_size > UINT16_VOCABULARY
-    ):
-        raise DataError(
-            f"{path} says {meta.dtype} for a vocabulary of {meta.vocab_size:,}, but ids are uint16"
-            f" up to a vocabulary of {UINT16_VOCABULARY:,}, and uint32 above. Correct the dtype to"
-            " what the file holds, or make it again from its text."
-        )
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -121,11 +83,12 @@ class TokenScan:
     sha256: str
 
 
-def scan_tokens(path: Path, dtype: np.dtype) -> TokenScan:
+def scan_tokens(path: Path, dtype: np.dtype, header_bytes: int = 0) -> TokenScan:
     """Reads the whole file once, in chunks."""
     digest = hashlib.sha256()
     max_id = 0
     with path.open("rb") as file:
+        file.seek(header_bytes)
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
             max_id = max(max_id, int(np.frombuffer(chunk, dtype).max()))
@@ -141,10 +104,14 @@ class TokenStore:
         dtype: little-endian uint16 or uint32.
         start: its first token's place in the file.
         num_tokens: how many there are.
-        num_documents: how many end-of-text tokens closed a document; None where not known.
+        num_documents: how many end in it; None where not known.
         vocab_size: every id is below.
         max_id: no id is above.
         fingerprint: of the content, wherever it lies.
+        eos_token_id: what closes a document; None where not known.
+        header_bytes: what stands in the file before the first token.
+        has_ends: whether the ends of its documents lie beside it.
+        has_learned: whether it is marked beside it which tokens are learned.
     """
 
     path: Path
@@ -155,46 +122,120 @@ class TokenStore:
     vocab_size: int
     max_id: int
     fingerprint: str
+    eos_token_id: int | None = None
+    header_bytes: int = 0
+    has_ends: bool = False
+    has_learned: bool = False
 
     @cached_property
     def tokens(self) -> np.memmap:
         """(num_tokens,) ids as `dtype`, mapped from the file, read-only."""
-        offset = self.start * self.dtype.itemsize
+        offset = self.header_bytes + self.start * self.dtype.itemsize
         return np.memmap(self.path, self.dtype, "r", offset, shape=(self.num_tokens,))
 
+    @cached_property
+    def learned(self) -> np.memmap | None:
+        """(num_tokens,) uint8, 1 where a token is learned; None: all of them are."""
+        if not self.has_learned:
+            return None
+        file = learned_file(self.path)
+        return np.memmap(file, np.uint8, "r", self.start, shape=(self.num_tokens,))
+
+    @cached_property
+    def ends(self) -> NDArray[np.uint64] | None:
+        """(documents,) uint64, where each document ends, counted in tokens from the start.
+
+        The last is `num_tokens`, even where the store ends within a document. None where nothing
+        tells the documents apart. Without a file of ends, the tokens are read through once for
+        end-of-text.
+        """
+        if self.has_ends:
+            whole = np.memmap(ends_file(self.path), ENDS_DTYPE, "r")
+            first, last = np.searchsorted(
+                whole, [self.start, self.start + self.num_tokens], "right"
+            )
+            if self.start == 0 and last == len(whole):
+                return whole
+            ends = whole[first:last] - np.uint64(self.start)
+        elif self.eos_token_id is not None:
+            ends = self._scan_for_ends(self.eos_token_id)
+        else:
+            return None
+        if len(ends) == 0 or ends[-1] != self.num_tokens:
+            ends = np.append(ends, np.uint64(self.num_tokens))
+        return ends
+
+    def _scan_for_ends(self, eos_token_id: int) -> NDArray[np.uint64]:
+        found = [
+            np.flatnonzero(self.tokens[start : start + _CHUNK_TOKENS] == eos_token_id) + start + 1
+            for start in range(0, self.num_tokens, _CHUNK_TOKENS)
+        ]
+        return np.concatenate(found).astype(np.uint64)
+
     @classmethod
-    def open(
-        cls, path: Path, scan: Callable[[Path, np.dtype], TokenScan] = scan_tokens
-    ) -> TokenStore:
-        """Opens a file by the `meta.json` beside it; without one, as uint16 after a full scan.
+    def open(cls, path: Path) -> TokenStore:
+        """Opens a file of ours, by the `meta.json` beside it.
 
         Raises:
-            DataError: the file is missing, empty, cut short, or not what `meta.json` says.
+            DataError: a file is missing, empty, cut short, or not what `meta.json` says.
         """
         meta = read_meta(path.parent)
         split = meta.split_of(path) if meta else None
-        dtype = np.dtype("<u4" if meta and split and meta.dtype == "uint32" else "<u2")
-        num_tokens = _count_tokens(path, dtype)
         if meta is None or split is None:
-            found = scan(path, dtype)
-            return cls(
-                path, dtype, 0, num_tokens, None, found.max_id + 1, found.max_id, found.sha256
-            )
-        if num_tokens != split.tokens:
-            raise DataError(
-                f"{path} holds {num_tokens:,} tokens, but {META_FILE} beside it says"
-                f" {split.tokens:,}: one of them was changed. Make the file again from its text,"
-                f" or move {META_FILE} away to use it as plain uint16."
-            )
+            raise DataError(f"{path}: there is no {META_FILE} of ours beside it that names it.")
+        dtype = np.dtype("<u4" if meta.dtype == "uint32" else "<u2")
+        has_learned = split.learned_tokens is not None
+        sizes = {path: split.tokens * dtype.itemsize}
+        sizes[ends_file(path)] = split.documents * ENDS_DTYPE.itemsize
+        if has_learned:
+            sizes[learned_file(path)] = split.tokens
+        for file, size in sizes.items():
+            _check_size(file, size)
         return cls(
-            path,
-            dtype,
-            0,
-            num_tokens,
-            split.documents,
-            meta.vocab_size,
-            split.max_id,
-            split.sha256,
+            path=path,
+            dtype=dtype,
+            start=0,
+            num_tokens=split.tokens,
+            num_documents=split.documents,
+            vocab_size=meta.vocab_size,
+            max_id=split.max_id,
+            fingerprint=split.fingerprint,
+            eos_token_id=meta.eos_token_id,
+            has_ends=True,
+            has_learned=has_learned,
+        )
+
+    @classmethod
+    def open_plain(
+        cls,
+        path: Path,
+        dtype: np.dtype,
+        scan: Callable[[Path, np.dtype], TokenScan],
+        *,
+        header_bytes: int = 0,
+    ) -> TokenStore:
+        """Opens a file that another program wrote, nothing but ids after `header_bytes`.
+
+        Args:
+            path: the file.
+            dtype: little-endian uint16 or uint32.
+            scan: reads it through (`scan_tokens`, or a memory of what that found).
+
+        Raises:
+            DataError: the file is missing, empty, or no whole number of ids.
+        """
+        num_tokens = _count_tokens(path, dtype, header_bytes)
+        found = scan(path, dtype)
+        return cls(
+            path=path,
+            dtype=dtype,
+            start=0,
+            num_tokens=num_tokens,
+            num_documents=None,
+            vocab_size=found.max_id + 1,
+            max_id=found.max_id,
+            fingerprint=found.sha256,
+            header_bytes=header_bytes,
         )
 
     def part(self, start: int, stop: int) -> TokenStore:
@@ -208,12 +249,22 @@ class TokenStore:
         )
 
 
-def _count_tokens(path: Path, dtype: np.dtype) -> int:
+def _check_size(file: Path, num_bytes: int) -> None:
+    found = file.stat().st_size if file.is_file() else None
+    if found != num_bytes:
+        what = "is not there" if found is None else f"has {found:,} bytes"
+        raise DataError(
+            f"{file} {what}, but {META_FILE} beside it says {num_bytes:,} bytes: one of them was"
+            " changed. Make the files again from their text."
+        )
+
+
+def _count_tokens(path: Path, dtype: np.dtype, header_bytes: int) -> int:
     if not path.is_file():
-        raise DataError(f"{path} is not there. Check the path; a token file has the suffix .bin.")
-    num_bytes = path.stat().st_size
-    if num_bytes == 0:
-        raise DataError(f"{path} is empty (0 bytes). Make the token file again.")
+        raise DataError(f"{path} is not there. Check the path of the token file.")
+    num_bytes = path.stat().st_size - header_bytes
+    if num_bytes <= 0:
+        raise DataError(f"{path} is empty (0 bytes of tokens). Make the token file again.")
     if num_bytes % dtype.itemsize:
         raise DataError(
             f"{path} has {num_bytes:,} bytes, no multiple of {dtype.itemsize} ({dtype.name}): it is"
@@ -221,67 +272,3 @@ def _count_tokens(path: Path, dtype: np.dtype) -> int:
             " was made with beside it."
         )
     return num_bytes // dtype.itemsize
-
-
-class TokenStoreWriter:
-    """Writes one token file, an end-of-text token after each document; a context manager.
-
-    Leaving it without an exception puts the file safely on the disk. Readers must not see the
-    folder before that: see `folders.new_folder`.
-    """
-
-    def __init__(self, path: Path, vocab_size: int, eos_token_id: int):
-        self.path = path
-        self.vocab_size = vocab_size
-        self.eos_token_id = eos_token_id
-        self.num_tokens = 0
-        self.num_documents = 0
-        self._dtype = dtype_for(vocab_size)
-        self._max_id = 0
-        self._digest = hashlib.sha256()
-        self._file: BinaryIO = path.open("wb", buffering=2**20)
-
-    def __enter__(self) -> TokenStoreWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with self._file:
-            if error is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-
-    def write_document(self, ids: NDArray[np.integer]) -> int:
-        """Appends (n,) ids and the end-of-text token; returns n + 1.
-
-        Raises:
-            DataError: an id is not in the vocabulary.
-        """
-        ended = np.append(ids, self.eos_token_id)
-        if ended.min() < 0 or ended.max() >= self.vocab_size:
-            raise DataError(
-                f"The tokenizer gave id {int(ended.max()):,}, but its vocabulary has only"
-                f" {self.vocab_size:,} tokens (ids from 0). Its files do not belong together; use"
-                " another tokenizer."
-            )
-        content = ended.astype(self._dtype).tobytes()
-        self._file.write(content)
-        self._digest.update(content)
-        self._max_id = max(self._max_id, int(ended.max()))
-        self.num_tokens += len(ended)
-        self.num_documents += 1
-        return len(ended)
-
-    def meta(self) -> SplitMeta:
-        """What was written so far."""
-        return SplitMeta(
-            self.path.name,
-            self.num_tokens,
-            self.num_documents,
-            self._digest.hexdigest(),
-            self._max_id,
-        )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from llm_training.data.errors import DataError, one_line
 
@@ -74,7 +74,12 @@ def _check_usable(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def train_tokenizer(
-    kind: TrainedKind, documents: Iterable[str], vocab_size: int
+    kind: TrainedKind,
+    documents: Iterable[str],
+    vocab_size: int,
+    *,
+    min_frequency: int = 0,
+    special_tokens: Sequence[str] = (),
 ) -> PreTrainedTokenizerBase:
     """A new tokenizer with the end-of-text token `<|endoftext|>`; the same data gives the same one.
 
@@ -82,7 +87,10 @@ def train_tokenizer(
         kind: `char`: every character of the documents, others are `<unk>`; `byte`: the 256 bytes,
             where a byte's id is its value; `bpe`: byte-level BPE. The latter two lose no text.
         documents: the training texts, gone through once; not read for `byte`.
-        vocab_size: tokens in a bpe vocabulary; fewer where the texts do not give so many.
+        vocab_size: tokens in a bpe vocabulary, special ones included; fewer where the texts do not
+            give so many.
+        min_frequency: how often a pair must occur to become a token of a bpe vocabulary.
+        special_tokens: further ones, with the ids after all others in a char or byte vocabulary.
 
     Raises:
         DataError: `vocab_size` is too small, or there is no character at all.
@@ -94,8 +102,8 @@ def train_tokenizer(
     elif kind == "byte":
         backend = _make_byte()
     else:
-        backend = _train_bpe(documents, vocab_size)
-    return PreTrainedTokenizerFast(
+        backend = _train_bpe(documents, vocab_size, min_frequency, special_tokens)
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=END_OF_TEXT,
         bos_token=END_OF_TEXT,
@@ -103,6 +111,10 @@ def train_tokenizer(
         unk_token=UNKNOWN if kind == "char" else None,
         clean_up_tokenization_spaces=False,
     )
+    if special_tokens:
+        added = [AddedToken(text, special=True, normalized=False) for text in special_tokens]
+        tokenizer.add_tokens(added, special_tokens=True)
+    return tokenizer
 
 
 def _train_char(documents: Iterable[str]) -> Tokenizer:
@@ -134,11 +146,15 @@ def _byte_symbols() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def _train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    if vocab_size < SMALLEST_BPE:
+def _train_bpe(
+    documents: Iterable[str], vocab_size: int, min_frequency: int, special_tokens: Sequence[str]
+) -> Tokenizer:
+    smallest = SMALLEST_BPE + len(special_tokens)
+    if vocab_size < smallest:
+        others = f", and the {len(special_tokens)} special_tokens" if special_tokens else ""
         raise DataError(
             f"vocab_size {vocab_size} is too small for a bpe tokenizer: it starts from the 256"
-            f" bytes and {END_OF_TEXT}, so {SMALLEST_BPE} or more."
+            f" bytes and {END_OF_TEXT}{others}, so {smallest} or more."
         )
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -146,7 +162,8 @@ def _train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, *special_tokens],
+        min_frequency=min_frequency,
         show_progress=False,
     )
     backend.train_from_iterator(documents, trainer)

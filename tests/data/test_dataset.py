@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from llm_training.data.dataset import IGNORE_INDEX, TokenRows, TrainingWindows, evaluation_batches
+from llm_training.data.dataset import TrainingWindows, evaluation_batches
+from llm_training.data.rows import IGNORE_INDEX, StreamRows
+from llm_training.data.token_store import TokenArray
 
 TOKENS = np.arange(100, 147, dtype=np.uint16)  # 11 rows of 4, 3 tokens left over
 
 
 def make_windows(rank: int, num_ranks: int, micro: int, count: int, **changes: int) -> list:
     settings = {"seed": 3, "num_samples": 1000} | changes
-    rows = TokenRows(TOKENS, 4, keep_last=False)
+    rows = StreamRows(TokenArray(TOKENS), 4)
     return [
         TrainingWindows(
             rows=rows, micro_batch_size=micro, num_micro_batches=count, rank=rank,
@@ -26,28 +28,6 @@ def samples(windows: list) -> list[list[list[int]]]:
     return [[row for batch in w for row in batch["input_ids"].tolist()] for w in windows]
 
 
-def test_leftover_tokens_are_counted_and_their_labels_masked_where_kept() -> None:
-    dropped = TokenRows(TOKENS, 4, keep_last=False)
-    assert (dropped.num_rows, dropped.num_leftover_tokens) == (11, 3)
-    kept = TokenRows(TOKENS, 4, keep_last=True)
-    assert (kept.num_rows, kept.num_leftover_tokens) == (12, 0)
-    last = kept.batch(np.array([11]))
-    assert last["labels"].tolist() == [[144, 145, 146, IGNORE_INDEX]]
-    assert last["input_ids"].tolist() == [[144, 145, 146, 0]]
-
-
-def test_a_single_token_makes_no_row() -> None:
-    rows = TokenRows(TOKENS[:5], 4, keep_last=True)
-    assert (rows.num_rows, rows.num_leftover_tokens) == (1, 1)
-
-
-def test_batches_are_int64_of_the_right_shape() -> None:
-    batch = TokenRows(TOKENS, 4, keep_last=False).batch(np.array([0, 2, 10]))
-    assert batch["input_ids"].shape == (3, 4)
-    assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
-    assert torch.equal(batch["input_ids"], batch["labels"])
-
-
 @pytest.mark.parametrize(
     ("num_ranks", "micro", "count"), [(1, 4, 2), (2, 4, 1), (2, 2, 2), (4, 1, 2)]
 )
@@ -58,6 +38,17 @@ def test_a_step_holds_the_same_samples_however_it_is_split(
     parts = [samples(make_windows(rank, num_ranks, micro, count)) for rank in range(num_ranks)]
     for of_whole, *of_parts in zip(whole, *parts, strict=True):
         assert sorted(row for rows in of_parts for row in rows) == sorted(of_whole)
+
+
+@pytest.mark.parametrize(("num_ranks", "micro", "count"), [(1, 8, 1), (2, 2, 2), (4, 1, 2)])
+def test_every_rank_knows_the_samples_of_the_whole_step(
+    num_ranks: int, micro: int, count: int
+) -> None:
+    rows = StreamRows(TokenArray(TOKENS), 4)
+    for rank in range(num_ranks):
+        windows = TrainingWindows(rows, 3, 12, micro, count, rank, num_ranks)
+        ids = windows.sample_ids(8)
+        assert ids.tolist() == rows.at(np.arange(8, 12), 3).tolist()  # and none beyond the run
 
 
 def test_windows_run_on_over_the_end_of_an_epoch() -> None:
@@ -77,7 +68,7 @@ def test_positions_beyond_the_run_are_empty_rows() -> None:
 def test_evaluation_sees_every_row_once_on_equally_many_batches(
     num_ranks: int, batch_size: int
 ) -> None:
-    rows = TokenRows(TOKENS, 4, keep_last=True)
+    rows = StreamRows(TokenArray(TOKENS), 4, keep_last=True)
     ranks = [
         list(evaluation_batches(rows, batch_size, rank=r, num_ranks=num_ranks, max_rows=None))
         for r in range(num_ranks)
@@ -88,7 +79,7 @@ def test_evaluation_sees_every_row_once_on_equally_many_batches(
 
 
 def test_a_limited_evaluation_is_spread_and_the_same_however_it_is_split() -> None:
-    rows = TokenRows(TOKENS, 4, keep_last=True)
+    rows = StreamRows(TokenArray(TOKENS), 4, keep_last=True)
 
     def seen(num_ranks: int, batch_size: int = 2) -> list[int]:
         ranks = [

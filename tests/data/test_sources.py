@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+import gzip
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llm_training.data.errors import DataError
+from llm_training.data.formats import PlainText, Rendered
 from llm_training.data.ledger import Ledger
 from llm_training.data.sources import SourceFile, TextFiles, find_files
+
+TEXT = PlainText("text")
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A conversation of a question and an answer, in place of the real format."""
+
+    columns = ("question", "answer")
+    gives_conversations = True
+
+    def render(self, row: Mapping[str, Any], where: str) -> Rendered:
+        question, answer = (row[column] for column in self.columns)
+        if not answer:
+            raise DataError(f"{where}: there is no answer. Give one.")
+        return Rendered(question + answer, ((len(question), len(question + answer)),))
+
+    def key(self) -> Any:
+        return "exchange"
 
 
 @pytest.fixture
@@ -44,7 +67,8 @@ def names(files: list[SourceFile]) -> list[str]:
 
 
 def read(files: list[SourceFile], ledger: Ledger, *, skip: bool = False) -> list[str]:
-    return [document.text for document in TextFiles(files, "text", skip).documents(ledger)]
+    source = TextFiles(files, TEXT, skip_bad_files=skip)
+    return [document.text for document in source.documents(ledger)]
 
 
 def test_a_folder_is_taken_whole_in_order_and_the_rest_is_counted(folder: Path) -> None:
@@ -53,7 +77,7 @@ def test_a_folder_is_taken_whole_in_order_and_the_rest_is_counted(folder: Path) 
     assert {reason: entry.count for reason, entry in ledger.ignored_files.items()} == {
         "files without a known text suffix": 1,
         "files in __pycache__, or hidden": 3,
-        "token files (.bin), which must be named themselves": 1,
+        "token files (.bin, .npy), which must be named themselves": 1,
     }
 
 
@@ -113,7 +137,7 @@ def test_an_entry_that_names_nothing_is_an_error(folder: Path, entry: str, words
 
 def test_documents_and_their_size(folder: Path) -> None:
     (folder / "b.txt").write_text("größe\n")
-    [document] = TextFiles(find(folder / "b.txt"), "text", False).documents(Ledger())
+    [document] = TextFiles(find(folder / "b.txt"), TEXT).documents(Ledger())
     assert (document.text, document.num_bytes) == ("größe\n", 8)
     assert document.file == str(folder / "b.txt")
 
@@ -156,8 +180,22 @@ def test_a_file_that_changes_or_goes_is_noticed(folder: Path) -> None:
         read(files, Ledger())
 
 
+def test_a_file_that_changes_while_it_is_read_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm_training.data.text_pieces.PIECE_CHARACTERS", 10)
+    monkeypatch.setattr("llm_training.data.text_pieces._READ_CHARACTERS", 10)
+    path = folder / "b.txt"
+    path.write_text("some words " * 10_000)
+    documents = TextFiles(find(path), TEXT).documents(Ledger())
+    next(documents)
+    path.write_bytes(b"\xff" * 200_000)
+    with pytest.raises(DataError, match="changed while it was being read"):
+        list(documents)
+
+
 def test_documents_are_read_as_they_are_asked_for(folder: Path) -> None:
-    documents = TextFiles(find(folder), "text", False).documents(Ledger())
+    documents = TextFiles(find(folder), TEXT).documents(Ledger())
     next(documents)
     (folder / "b.txt").unlink()
     with pytest.raises(DataError, match="cannot be read"):
@@ -166,9 +204,111 @@ def test_documents_are_read_as_they_are_asked_for(folder: Path) -> None:
 
 def test_the_key_follows_the_files_and_not_the_place(folder: Path, tmp_path: Path) -> None:
     def key() -> object:
-        return TextFiles(find(folder), "text", False).key()
+        return TextFiles(find(folder), TEXT).key()
 
     before = key()
     assert key() == before
     os.utime(folder / "b.txt", ns=(0, 0))
     assert key() != before
+
+
+def test_the_key_follows_the_settings(folder: Path) -> None:
+    files = find(folder)
+    sources = (
+        TextFiles(files, TEXT),
+        TextFiles(files, PlainText("body")),
+        TextFiles(files, TEXT, skip_bad_files=True),
+        TextFiles(files, TEXT, skip_bad_documents=True),
+        TextFiles(files, TEXT, document_separator="line"),
+    )
+    keys = [source.key() for source in sources]
+    assert all(keys.count(key) == 1 for key in keys)
+
+
+def test_a_separator_parts_text_files_and_empty_lines_are_counted(folder: Path) -> None:
+    path = folder / "b.txt"
+    path.write_text("one\n\nzwö\n")
+    ledger = Ledger()
+    documents = list(TextFiles(find(path), TEXT, document_separator="line").documents(ledger))
+    assert [(d.text, d.num_bytes, d.where) for d in documents] == [
+        ("one", 3, f"{path}, line 1"),
+        ("zwö", 4, f"{path}, line 3"),
+    ]
+    assert ledger.left_out["empty documents"].names == [f"{path}, line 2"]
+    path.write_text("\n \n")
+    source = TextFiles(find(folder), TEXT, skip_bad_files=True, document_separator="blank_line")
+    assert len(list(source.documents(ledger))) == 3
+    assert ledger.left_out["empty files"].names == ["b.txt"]
+
+
+def test_a_long_text_is_given_in_pieces(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm_training.data.text_pieces.PIECE_CHARACTERS", 10)
+    text = "größe\nund noch mehr\n"
+    (folder / "b.txt").write_text(text)
+    documents = list(TextFiles(find(folder / "b.txt"), TEXT).documents(Ledger()))
+    assert "".join(document.text for document in documents) == text
+    assert [document.is_last for document in documents] == [False, False, False, True]
+    assert {document.num_characters for document in documents} == {20}
+    assert sum(document.num_bytes for document in documents) == 22
+
+
+def test_packed_files_are_found_and_read(folder: Path) -> None:
+    (folder / "p.txt.gz").write_bytes(gzip.compress(b"packed text"))
+    (folder / "p.jsonl.gz").write_bytes(gzip.compress(b'{"text": "packed row"}\n'))
+    (folder / "p.bin.gz").write_bytes(b"")
+    files = find(folder / "p.*")
+    assert names(files) == ["p.jsonl.gz", "p.txt.gz"]
+    assert read(files, Ledger()) == ["packed row", "packed text"]
+    # The text is larger than the files.
+    assert TextFiles(files, TEXT).num_bytes() > sum(file.num_bytes for file in files)
+    # A named file is unpacked whatever its name.
+    (folder / "notes.gz").write_bytes(gzip.compress(b"notes"))
+    assert read(find(folder / "notes.gz"), Ledger()) == ["notes"]
+    (folder / "p.txt.gz").write_bytes(gzip.compress(b"packed text")[:-3])
+    with pytest.raises(DataError, match=r"p.txt.gz cannot be unpacked"):
+        read(find(folder / "p.*"), Ledger(), skip=True)
+
+
+def test_a_folder_of_the_datasets_library_is_read_as_files(folder: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(folder / "saved")
+    ledger = Ledger()
+    assert read(find(folder / "saved", ledger=ledger), Ledger()) == ["a", "b"]
+    [entry] = ledger.ignored_files.values()
+    assert entry.names == ["dataset_info.json", "state.json"]
+    # Elsewhere, the names mean nothing.
+    (folder / "sub" / "state.json").write_text('{"text": "of a state"}')
+    assert read(find(folder / "sub" / "*.json"), Ledger()) == ["of a state"]
+
+
+def test_conversations_are_read_from_tables(folder: Path) -> None:
+    path = folder / "rows.csv"
+    path.write_text("id,answer,question\n1,4,2+2?\n2,,3+3?\n")
+    source = TextFiles(find(path), Exchange(), skip_bad_documents=True)
+    ledger = Ledger()
+    [document] = source.documents(ledger)
+    assert (document.text, document.learned) == ("2+2?4", ((4, 5),))
+    assert ledger.left_out["rows without a usable text"].names == [f"{path}, line 3"]
+    with pytest.raises(DataError, match="line 3: there is no answer"):
+        list(TextFiles(find(path), Exchange()).documents(Ledger()))
+
+
+def test_a_text_file_holds_no_conversations(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"a.py is a text file.*\(question, answer\).*\.jsonl"):
+        TextFiles(find(folder), Exchange())
+
+
+def test_bad_rows_stop_or_are_counted(folder: Path) -> None:
+    path = folder / "rows.jsonl"
+    path.write_text('{"text": "a"}\n{"text": 1}\n{"te\n{"text": "b"}\n')
+    with pytest.raises(DataError, match=r"line 2: .*skip_bad_documents"):
+        read(find(path), Ledger())
+    ledger = Ledger()
+    documents = list(TextFiles(find(path), TEXT, skip_bad_documents=True).documents(ledger))
+    assert [document.text for document in documents] == ["a", "b"]
+    assert ledger.documents_seen == 2
+    assert sorted(ledger.left_out) == [
+        "lines that are not valid JSON",
+        "rows without a usable text",
+    ]

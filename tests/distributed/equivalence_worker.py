@@ -27,7 +27,8 @@ from torch import distributed
 
 import train_llm
 from llm_training.argument_parsing import read_arguments
-from llm_training.data.dataset import IGNORE_INDEX, NO_ROW, Batch, TokenRows, TrainingWindows
+from llm_training.data.dataset import TrainingWindows
+from llm_training.data.rows import IGNORE_INDEX, NO_ROW, Batch, StreamRows
 from llm_training.launch_settings import read_launch_settings
 from llm_training.outputs import OutputFolder
 from llm_training.ranks import leave
@@ -66,9 +67,9 @@ class Recorder:
 
     def install(self) -> None:
         """Stands between the runs of this process and their data from now on."""
-        recorder, read_rows, read_window = self, TokenRows.batch, TrainingWindows.window
+        recorder, read_rows, read_window = self, StreamRows.batch, TrainingWindows.window
 
-        def batch(rows: TokenRows, numbers: NDArray[np.int64]) -> Batch:
+        def batch(rows: StreamRows, numbers: NDArray[np.int64]) -> Batch:
             if recorder._window is not None:
                 recorder._window.append(numbers.tolist())
             return cut_off(read_rows(rows, numbers), numbers, rows.block_size)
@@ -80,7 +81,7 @@ class Recorder:
             recorder._window = None
             return found
 
-        TokenRows.batch = batch  # type: ignore[method-assign]
+        StreamRows.batch = batch  # type: ignore[method-assign]
         TrainingWindows.window = window  # type: ignore[method-assign]
 
     def take_samples(self) -> list[list[int]]:

@@ -242,7 +242,8 @@ class TestTable:
 def test_cases_cover_what_is_promised():
     plain = {(c.model, c.accumulation) for c in cases_of("ddp") if c == replace(c, variant="")}
     assert plain == {(model, x) for model in ("llama", "gpt2") for x in (1, 2, 4)}
-    assert {c.variant for c in cases_of("tp")} == {"", "resumed", "checkpointed"}
+    assert {c.variant for c in cases_of("tp")} == {"", "resumed", "checkpointed", "masked"}
+    assert {c.variant for c in cases_of("cp")} == {"", "resumed", "checkpointed"}
     assert {c.precision for c in cases_of("tp")} == {"fp32", "bf16"}
     assert [c for c in cases_of("tp") if c.model == "gpt2"] == [Case("gpt2", 1)]
     assert {case.reference for case in equivalence.CASES} <= set(cases_of("single"))

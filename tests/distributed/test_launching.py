@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -27,7 +28,25 @@ open(f"{os.path.dirname(__file__)}/pid{os.environ.get('RANK', '0')}", "w").write
 print("about to hang", flush=True)
 time.sleep(600)
 """
+HANG_SECONDS = 45
 FAIL = "import sys; print('to stdout'); sys.exit('no such thing')"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hanging(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Future[None]]:
+    """A launch that hangs and is killed, beside the other tests: it is all waiting."""
+    folder = tmp_path_factory.mktemp("hanging")
+    ended: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            launch("ddp", script(folder, HANG), timeout=HANG_SECONDS)
+            ended.set_result(None)
+        except BaseException as error:
+            ended.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return folder, ended
 
 
 def script(folder: Path, text: str) -> Path:
@@ -69,17 +88,15 @@ def test_a_failure_shows_command_code_and_output(tmp_path):
     )
 
 
-def test_what_hangs_is_killed_with_all_its_processes(tmp_path):
-    began = time.monotonic()
-    path = script(tmp_path, HANG)
-    with pytest.raises(LaunchFailed, match=r"(?s)longer than 45 s.*about to hang"):
-        launch("ddp", path, timeout=45)
-    assert time.monotonic() - began < 100
-    pids = [int((tmp_path / f"pid{rank}").read_text()) for rank in (0, 1)]
-    assert not any(psutil.pid_exists(pid) for pid in pids)
-
-
 def test_ports_are_free_and_paths_are_kept(monkeypatch):
     assert 1024 <= free_port() <= 65535
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     assert clean_environment()["PYTHONPATH"] == f"{ROOT}{os.pathsep}/elsewhere"
+
+
+def test_what_hangs_is_killed_with_all_its_processes(hanging):
+    folder, ended = hanging
+    with pytest.raises(LaunchFailed, match=r"(?s)longer than 45 s.*about to hang"):
+        ended.result(timeout=HANG_SECONDS + 55)
+    pids = [int((folder / f"pid{rank}").read_text()) for rank in (0, 1)]
+    assert not any(psutil.pid_exists(pid) for pid in pids)

@@ -1,0 +1,165 @@
+"""All the data of a run: one source, or several that are mixed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from arguments import Arguments, mixture_sources
+from llm_training.data.errors import DataError
+from llm_training.data.folders import exclusive, new_folder
+from llm_training.data.leakage import Leakage, find_leakage
+from llm_training.data.ledger import Ledger
+from llm_training.data.prepare import list_files, make_tokenizer, prepare_source
+from llm_training.data.prepared import PreparedData
+from llm_training.data.progress import Progress
+from llm_training.data.recipe import Recipe, make_recipe
+from llm_training.data.token_files import is_token_file
+from llm_training.data.tokenizers import (
+    load_tokenizer,
+    tokenizer_fingerprint,
+    train_tokenizer,
+)
+from llm_training.durable import write_json
+
+Say = Callable[[str], None]
+
+# Other kinds come as they are, or are the same whatever the data.
+_MADE_FROM_TEXT = ("char", "bpe")
+
+
+def prepare_data(
+    arguments: Arguments, *, tokenizer_source: str | None = None, say: Say = print
+) -> PreparedData:
+    """Reads, tokenizes and stores the data that the arguments name, unless that was done before.
+
+    Several processes may call it at once: one builds, the others wait and take the result.
+
+    Args:
+        arguments: the settings.
+        tokenizer_source: model whose tokenizer is used where tokenizer_name is null.
+        say: takes lines that tell what is being done.
+
+    Raises:
+        DataError: a fault in the data or its settings.
+    """
+    if arguments.streaming:
+        return _prepare_beside_stream(arguments, tokenizer_source, say)
+    if arguments.train_mixture:
+        data = _prepare_mixture(arguments, tokenizer_source, say)
+    else:
+        data = prepare_source(arguments, tokenizer_source=tokenizer_source, say=say)
+    if arguments.leakage_report and data.stores("train") and data.stores("validation"):
+        report = _leakage(data, Path(arguments.cache_dir).expanduser(), say)
+        data = dataclasses.replace(data, leakage=report)
+    return data
+
+
+def _prepare_beside_stream(
+    arguments: Arguments, tokenizer_source: str | None, say: Say
+) -> PreparedData:
+    """The tokenizer and, from validation_file, the validation data; the rest is read later."""
+    if arguments.validation_file:
+        own = dataclasses.replace(
+            arguments, dataset_name=None, streaming=False, validation_split_percentage=0.0
+        )
+        return prepare_source(own, tokenizer_source=tokenizer_source, say=say)
+    name = arguments.tokenizer_name or tokenizer_source
+    tokenizer = train_tokenizer("byte", (), 0) if name == "byte" else load_tokenizer(str(name))
+    return PreparedData(
+        train=None,
+        validation=None,
+        tokenizer=tokenizer,
+        vocab_size=len(tokenizer),
+        fingerprint=tokenizer_fingerprint(tokenizer),
+        ledger=Ledger(),
+    )
+
+
+def _prepare_mixture(arguments: Arguments, tokenizer_source: str | None, say: Say) -> PreparedData:
+    sources = mixture_sources(arguments)
+    if arguments.tokenizer_name in _MADE_FROM_TEXT:
+        folder = _shared_tokenizer(arguments, sources, say)
+        sources = {
+            name: dataclasses.replace(own, tokenizer_name=str(folder), special_tokens=[])
+            for name, own in sources.items()
+        }
+    parts = {}
+    for name, own in sources.items():
+        weight = arguments.train_mixture[name]["weight"]
+        part = prepare_source(
+            own,
+            tokenizer_source=tokenizer_source,
+            say=lambda line, name=name: say(f"{name}: {line}"),  # type: ignore[misc]
+        )
+        parts[name] = dataclasses.replace(part, weight=weight)
+    tokenizers = {
+        name: tokenizer_fingerprint(part.tokenizer) if part.tokenizer else None
+        for name, part in parts.items()
+    }
+    if len(set(tokenizers.values())) > 1:
+        raise DataError(
+            f"train_mixture: the sources {', '.join(tokenizers)} have different tokenizers. Name"
+            " one for all with tokenizer_name; token files must have been made with it."
+        )
+    return PreparedData(
+        train=None,
+        validation=None,
+        tokenizer=next(iter(parts.values())).tokenizer,
+        vocab_size=max(part.vocab_size for part in parts.values()),
+        fingerprint=_hash({name: part.fingerprint for name, part in parts.items()}),
+        ledger=Ledger(),
+        parts=parts,
+    )
+
+
+def _shared_tokenizer(arguments: Arguments, sources: dict[str, Arguments], say: Say) -> Path:
+    """The folder of the tokenizer made from the training text of all sources."""
+    recipes: list[Recipe] = []
+    for name, own in sources.items():
+        files = list_files(own, Ledger(), lambda line: None)
+        if any(is_token_file(file.path) for file in (*files[0], *files[1])):
+            raise DataError(
+                f"train_mixture: source {name!r} is a token file, and tokenizer_name"
+                f" {arguments.tokenizer_name!r} is made from text. Name the tokenizer that made"
+                " the file."
+            )
+        recipes.append(make_recipe(own, *files, None, say))
+    cache = Path(arguments.cache_dir).expanduser()
+    key = _hash([recipe.key() for recipe in recipes])[:12]
+    folder = cache / f"tokenizer-{arguments.tokenizer_name}-{key}"
+    with exclusive(
+        cache / f".{folder.name}.lock",
+        lambda: say(f"Another process is making {folder}; waiting"),
+    ):
+        if not folder.is_dir():
+            with new_folder(folder) as temporary:
+                make_tokenizer(recipes, say).save_pretrained(str(temporary))
+    return folder
+
+
+def _leakage(data: PreparedData, cache: Path, say: Say) -> Leakage:
+    """The report on this data, made once."""
+    memory = cache / f"leakage-{data.fingerprint[:12]}.json"
+    with exclusive(
+        cache / f".{memory.name}.lock",
+        lambda: say("Another process is looking for leakage; waiting"),
+    ):
+        if memory.is_file():
+            return Leakage(**json.loads(memory.read_text(encoding="utf-8")))
+        progress = Progress(say, "Looking for validation text in training", 0)
+        report = find_leakage(
+            list(data.stores("train").values()),
+            list(data.stores("validation").values()),
+            lambda num_tokens: progress.update(0, num_tokens),
+        )
+        write_json(memory, dataclasses.asdict(report))
+        return report
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
