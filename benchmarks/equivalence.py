@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
 
-from tests.distributed.launching import launch  # noqa: E402
+from tests.distributed.launching import environment_of, launch  # noqa: E402
 
 WORKER = ROOT / "tests/distributed/equivalence_worker.py"
 Record = dict[str, Any]  # of one run: what the worker's `run_case` returns
@@ -252,19 +252,53 @@ def run_backend(backend: str, cases: Sequence[Case], folder: Path) -> dict[str, 
         backend: a key of `BACKENDS`.
         folder: where `write_inputs` has been; each backend writes into a folder of its own there.
     """
-    output = folder / backend
+    return _run(backend, {backend: cases}, {}, folder)[backend]
+
+
+def run_together(backends: Sequence[str], folder: Path) -> dict[str, dict[str, Record]]:
+    """Trains all cases of several backends on two processes in one launch, one after the other.
+
+    Before each backend, the processes get the environment that a launch under it gives.
+    """
+    environments = {
+        name: environment_of(BACKENDS[name].config, 2, BACKENDS[name].launcher_args)
+        for name in backends
+    }
+    return _run("ddp", {name: cases_of(name) for name in backends}, environments, folder)
+
+
+def _run(
+    launched: str,
+    cases: dict[str, Sequence[Case]],
+    environments: dict[str, dict[str, str]],
+    folder: Path,
+) -> dict[str, dict[str, Record]]:
+    """Launches the worker under one backend, to train the cases of one or more."""
+    output = folder / "-".join(cases)
     output.mkdir(exist_ok=True)
-    words = {case.name: words_of(case, folder / "run.json", output) for case in cases}
-    (output / "cases.json").write_text(json.dumps(words), "utf-8")
+    listed = [
+        {
+            "name": f"{backend}/{case.name}",
+            "env": environments.get(backend, {}),
+            "words": words_of(case, folder / "run.json", folder / backend),
+        }
+        for backend, of_backend in cases.items()
+        for case in of_backend
+    ]
+    (output / "cases.json").write_text(json.dumps(listed), "utf-8")
     launch(
-        BACKENDS[backend].config,
+        BACKENDS[launched].config,
         WORKER,
         str(output / "cases.json"),
         str(output / "records.json"),
-        launcher_args=BACKENDS[backend].launcher_args,
-        timeout=600,
+        launcher_args=BACKENDS[launched].launcher_args,
+        timeout=900,
     )
-    return dict(json.loads((output / "records.json").read_text("utf-8")))
+    records = json.loads((output / "records.json").read_text("utf-8"))
+    return {
+        backend: {case.name: records[f"{backend}/{case.name}"] for case in of_backend}
+        for backend, of_backend in cases.items()
+    }
 
 
 def words_of(case: Case, run_file: Path, output: Path) -> list[str]:

@@ -34,6 +34,8 @@ def start_gloo(backend: str, timeout: timedelta) -> None:
     state = PartialState(cpu=True, timeout=timeout)
     if backend == "deepspeed":
         _keep_from_building_ops()
+        # Without it, DeepSpeed starts numactl at every exchange to count its "devices".
+        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     else:
         # The kind for which Accelerate considers sharding; the device stays the CPU.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU

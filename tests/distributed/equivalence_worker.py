@@ -2,9 +2,10 @@
 
     accelerate launch --config_file accelerate_configs/ddp.yaml equivalence_worker.py CASES OUTPUT
 
-CASES is a JSON object: the name of a case to the words that `train_llm.py` would be given. OUTPUT
-gets a JSON object: the name of a case to what `run_case` returns. Starting processes takes longer
-than such a run, hence all in one launch.
+CASES is a JSON list of cases: a `name`, the environment (`env`) that a launch under its backend
+gives its processes, where that is another than the one they have, and the `words` that
+`train_llm.py` would be given. OUTPUT gets a JSON object: the name of a case to what `run_case`
+returns. Starting processes takes longer than such a run, hence many in one launch.
 
 Every row of every run, in training and in validation, is cut off at a length of its own, so that
 ranks and micro-batches predict unequal numbers of tokens.
@@ -83,6 +84,8 @@ class Recorder:
 
         StreamRows.batch = batch  # type: ignore[method-assign]
         TrainingWindows.window = window  # type: ignore[method-assign]
+        # The finished model is no part of the curve; test_export.py looks at it.
+        train_llm.export_model = lambda *_: None  # type: ignore[assignment]
 
     def take_samples(self) -> list[list[int]]:
         """The rows of each window over all ranks, in their order in the data.
@@ -116,13 +119,14 @@ def cut_off(batch: Batch, numbers: NDArray[np.int64], block_size: int) -> Batch:
     return batch
 
 
-def run_case(words: list[str], recorder: Recorder) -> dict[str, Any]:
+def run_case(case: dict[str, Any], recorder: Recorder) -> dict[str, Any]:
     """One run from its words to its record; what it left in this process is undone."""
     environment, num_graphs = dict(os.environ), num_compiled_graphs()
+    os.environ.update(case["env"])
     recorder.windows = []
     try:
         num_processes = read_launch_settings().data_parallel_size
-        arguments = read_arguments(words, num_processes=num_processes)
+        arguments = read_arguments(case["words"], num_processes=num_processes)
         try:
             train_llm.run_training(arguments)
         except train_llm.EXPECTED_ERRORS as error:  # a refusal, on every rank alike
@@ -133,6 +137,7 @@ def run_case(words: list[str], recorder: Recorder) -> dict[str, Any]:
         return record
     finally:
         gc.collect()
+        gc.freeze()  # what is left, libraries above all, need not be looked through again
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         os.environ.clear()
@@ -171,10 +176,10 @@ def num_compiled_graphs() -> int:
 
 def main() -> None:
     """Runs the cases of the file named first, and writes to the file named second."""
-    cases: dict[str, list[str]] = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    cases: list[dict[str, Any]] = json.loads(Path(sys.argv[1]).read_text("utf-8"))
     recorder = Recorder()
     recorder.install()
-    records = {name: run_case(words, recorder) for name, words in cases.items()}
+    records = {case["name"]: run_case(case, recorder) for case in cases}
     if os.environ.get("RANK", "0") == "0":
         Path(sys.argv[2]).write_text(json.dumps(records), "utf-8")
 

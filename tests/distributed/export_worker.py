@@ -207,6 +207,7 @@ def run_cases(folder: Path, cases: list[str]) -> None:
 def forget_accelerator() -> None:
     """Lets the next case have a precision of its own, among the same processes."""
     gc.collect()
+    gc.freeze()  # what is left, libraries above all, need not be looked through again
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 

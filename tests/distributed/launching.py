@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import psutil  # type: ignore[import-untyped]
 
@@ -83,6 +85,27 @@ def launch(
         problem = f"ended with exit code {process.returncode}"
         raise LaunchFailed(describe_failure(command, problem, stdout, stderr))
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+@functools.cache
+def environment_of(
+    config: str, num_processes: int, launcher_args: tuple[str, ...] = ()
+) -> dict[str, str]:
+    """What `accelerate launch` with a shipped YAML file would put into its processes' environment.
+
+    The launcher itself runs, up to the moment in which it would start them. So processes that are
+    there already can take the place of those of one backend after the other.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    words = ["--config_file", str(ROOT / f"accelerate_configs/{config}.yaml")]
+    words += ["--num_processes", str(num_processes), "--main_process_port", "0"]
+    words += [*launcher_args, "script.py"]
+    found: dict[str, str] = {}
+    with mock.patch("torch.distributed.run.run", lambda _: found.update(os.environ)):
+        launch_command(launch_command_parser().parse_args(words))
+    kept = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
+    return {variable: value for variable, value in found.items() if variable.startswith(kept)}
 
 
 def free_port() -> int:

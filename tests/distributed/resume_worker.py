@@ -117,6 +117,7 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         return {"refused": over_ranks(f"{type(error).__name__}: {error}")}
     finally:
         gc.collect()
+        gc.freeze()  # what is left, libraries above all, need not be looked through again
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         os.environ.clear()

@@ -8,14 +8,11 @@ And where a checkpoint is broken, every rank says the same and none is left wait
 
 from __future__ import annotations
 
-import functools
 import json
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -24,7 +21,7 @@ from torch import Tensor
 from llm_training.checkpointing import open_checkpoint
 from llm_training.model_state.form import StateForm
 from llm_training.model_state.readers import read_optimizer, read_weights
-from tests.distributed.launching import ROOT, launch
+from tests.distributed.launching import environment_of, launch
 from tests.distributed.resume_worker import run_case
 
 # The first test waits for all the launches; on a busy machine they take long.
@@ -49,25 +46,6 @@ MODELS: dict[str, dict[str, Any]] = {
 STOP = "step-00000005"
 END = "step-00000010"
 STEPS = [str(step) for step in range(6, 11)]
-
-
-@functools.cache
-def environment_of(config: str, num_processes: int) -> dict[str, str]:
-    """What `accelerate launch` with a shipped YAML file would put into its processes' environment.
-
-    The launcher itself runs, up to the moment in which it would start them.
-    """
-    from accelerate.commands.launch import launch_command, launch_command_parser
-
-    name = "fsdp" if config == "full" else config
-    words = ["--config_file", str(ROOT / f"accelerate_configs/{name}.yaml"), "script.py"]
-    words = ["--num_processes", str(num_processes), "--main_process_port", "0", *words]
-    found: dict[str, str] = {}
-    with mock.patch("torch.distributed.run.run", lambda _: found.update(os.environ)):
-        launch_command(launch_command_parser().parse_args(words))
-    kept = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")
-    found = {variable: value for variable, value in found.items() if variable.startswith(kept)}
-    return found | ({"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"} if config == "full" else {})
 
 
 @dataclass
@@ -107,7 +85,11 @@ class Lab:
             *(*texts, *shape, *size, *rate, *length, *quiet, *machine, *resume),
             *("--dropout", str(dropout), "--output_dir", str(self.folder / name), *words),
         )
-        env = {} if backend == "single" else dict(environment_of(backend, processes))
+        env = {}
+        if backend != "single":
+            full = ("--fsdp_state_dict_type", "FULL_STATE_DICT") if backend == "full" else ()
+            config = "fsdp" if backend == "full" else backend
+            env = dict(environment_of(config, processes, full))
         self.cases.append({"name": name, "env": env, "action": action, "words": list(words)})
 
     def spoil(self, name: str, source: Path, file: str, *removed: str) -> None:
