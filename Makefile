@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# Test files that run at the same time: starting processes, as many tests do, is mostly waiting.
+TEST_WORKERS ?= 2
 PORT ?= 5000
 
 VENV := .venv
@@ -22,7 +24,7 @@ quickstart: $(FOR_RUNS)  ## Train a small model on this machine; run again to co
 	@$(VENV_PYTHON) train_llm.py train_configs/quickstart.json
 
 test: check  ## Check, then run every test that needs no GPU and no network
-	@$(VENV_PYTHON) -m pytest -m "not gpu and not network" $(PYTEST_ARGS)
+	@$(VENV_PYTHON) -m pytest -m "not gpu and not network" -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 check: $(FOR_TESTS)  ## Lint, format and types, without changing a file
 	@$(VENV_PYTHON) -m ruff check

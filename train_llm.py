@@ -36,9 +36,9 @@ from llm_training.checkpointing import (
     find_checkpoint,
 )
 from llm_training.data import DataError, PreparedData, prepare_data
-from llm_training.data.dataset import TrainingWindows, train_rows, validation_rows
-from llm_training.data.rows import Batch, Rows
-from llm_training.data.streaming import StreamWindows
+from llm_training.data.rows.store_rows import Batch, Rows
+from llm_training.data.rows.streaming import StreamWindows
+from llm_training.data.rows.windows import TrainingWindows, train_rows, validation_rows
 from llm_training.document_mask import DocumentMaskError, check_document_mask
 from llm_training.evaluation import evaluate
 from llm_training.export import ExportError, export_model

@@ -28,6 +28,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def library_texts() -> list[str]:
 
 
 def train_tokenizer(folder: Path) -> None:
-    from llm_training.data.tokenizers import train_tokenizer
+    from llm_training.data.tokens.tokenizers import train_tokenizer
 
     train_tokenizer("bpe", library_texts()[::10], VOCAB_SIZE).save_pretrained(folder / "tokenizer")
 
@@ -229,8 +230,8 @@ def run_reading(folder: Path) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from arguments import Arguments
-    from llm_training.data.dataset import TrainingWindows, train_rows
     from llm_training.data.prepare import prepare_source
+    from llm_training.data.rows.windows import TrainingWindows, train_rows
 
     settings = json.loads((ROOT / "train_configs/quickstart.json").read_text("utf-8"))
     size, block_size = settings["per_device_train_batch_size"], settings["block_size"]
@@ -244,7 +245,8 @@ def run_reading(folder: Path) -> dict[str, Any]:
         rows = train_rows(data, arguments, block_size)
         assert rows is not None
         windows = TrainingWindows(rows, 1, 10**9, size, 1, 0, 1)
-        read = [time_of(lambda i=i: windows.window(i * size)) for i in range(NUM_WINDOWS)]
+        positions = range(0, NUM_WINDOWS * size, size)
+        read = [time_of(partial(windows.window, position)) for position in positions]
         batch = windows.window(0)[0]
     config = AutoConfig.for_model(
         settings["model_type"], **settings["config_overrides"], vocab_size=VOCAB_SIZE

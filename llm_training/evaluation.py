@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from arguments import BatchSizes, EvaluationArguments
-from llm_training.data.dataset import evaluation_batches
-from llm_training.data.rows import Rows
+from llm_training.data.rows.store_rows import Rows
+from llm_training.data.rows.windows import evaluation_batches
 from llm_training.losses import count_predicted_tokens
 from llm_training.ranks import data_parallel, split_positions, sum_over_data, sum_over_ranks
 

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from arguments import BatchSizes, OptimizationArguments
-from llm_training.data.mixture import MixtureRows
-from llm_training.data.rows import Rows
+from llm_training.data.rows.mixture import MixtureRows
+from llm_training.data.rows.store_rows import Rows
 from llm_training.schedules import LearningRateSchedule
 
 

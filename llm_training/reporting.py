@@ -14,7 +14,7 @@ import transformers
 from accelerate import Accelerator
 
 from llm_training.data import PreparedData
-from llm_training.data.rows import Rows
+from llm_training.data.rows.store_rows import Rows
 from llm_training.model_state import StateForm
 from llm_training.modeling import CausalLMWithLoss, count_parameters
 

@@ -25,8 +25,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llm_training.data import DataError, PreparedData, prepare_data
-from llm_training.data.dataset import train_rows, validation_rows
-from llm_training.data.rows import IGNORE_INDEX, Rows
+from llm_training.data.rows.store_rows import IGNORE_INDEX, Rows
+from llm_training.data.rows.windows import train_rows, validation_rows
 from llm_training.modeling import ModelError, fit_config, load_config
 from llm_training.reporting import row_lines
 

@@ -11,12 +11,12 @@ from accelerate.utils import broadcast_object_list
 
 from arguments import Arguments, BatchSizes, holds_conversations
 from llm_training.data import DataError, PreparedData
-from llm_training.data.dataset import RowSettings, row_settings
+from llm_training.data.documents.stream_documents import DocumentStream, open_stream
 from llm_training.data.recipe import make_format
-from llm_training.data.rows import Batch, Rows
-from llm_training.data.stream_blocks import BlockReader
-from llm_training.data.stream_documents import DocumentStream, open_stream
-from llm_training.data.streaming import StreamWindows, stream_validation
+from llm_training.data.rows.store_rows import Batch, Rows
+from llm_training.data.rows.stream_blocks import BlockReader
+from llm_training.data.rows.streaming import StreamWindows, stream_validation
+from llm_training.data.rows.windows import RowSettings, row_settings
 from llm_training.ranks import data_parallel
 from llm_training.state import TrainState
 

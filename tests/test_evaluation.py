@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from arguments import BatchSizes, EvaluationArguments
-from llm_training.data.rows import StreamRows
-from llm_training.data.token_store import TokenArray
+from llm_training.data.rows.store_rows import StreamRows
+from llm_training.data.tokens.token_store import TokenArray
 from llm_training.evaluation import evaluate
 from llm_training.modeling import CausalLMWithLoss
 

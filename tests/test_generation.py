@@ -5,7 +5,7 @@ import torch
 from pytest import MonkeyPatch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from llm_training.data.tokenizers import train_tokenizer
+from llm_training.data.tokens.tokenizers import train_tokenizer
 from llm_training.generation import generate_sample
 
 

@@ -76,8 +76,8 @@ PURE_MODULES = {
     "llm_training.schedules",
     "llm_training.throughput",
     "llm_training.data.ledger",
-    "llm_training.data.order",
-    "llm_training.data.packing",
+    "llm_training.data.rows.order",
+    "llm_training.data.rows.packing",
 }
 KEPT_OUT_OF_PURE_MODULES = {"accelerate", "arguments"}
 
@@ -106,7 +106,7 @@ def source_files(root: Path) -> list[Path]:
 
 
 def module_name(path: Path) -> str:
-    """`llm_training/data/order.py` is llm_training.data.order; an __init__.py is its folder."""
+    """`llm_training/state.py` is llm_training.state; an __init__.py is its folder."""
     parts = path.with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -169,7 +169,7 @@ def top_of(name: str) -> str:
 
 
 def room_of(name: str) -> str:
-    """llm_training.data.order.seek stands in the room llm_training.data."""
+    """llm_training.data.rows.order.seek stands in the room llm_training.data."""
     return ".".join(name.split(".")[: 2 if top_of(name) == PACKAGE else 1])
 
 
@@ -195,7 +195,7 @@ def test_nothing_is_called_utils() -> None:
         ("llm_training/optim.py", "def f():\n    import train_llm", "train_llm of floor 3"),
         ("llm_training/__init__.py", "from . import launch", "imports llm_training.launch"),
         ("llm_training/losses.py", "from accelerate import Accelerator", "pure and imports acc"),
-        ("llm_training/data/order.py", "import arguments", "pure and imports arguments"),
+        ("llm_training/data/rows/order.py", "import arguments", "pure and imports arguments"),
         ("llm_training/novelty.py", "", "llm_training.novelty has no floor yet"),
         ("llm_training/data/utils.py", "", "a name must say what is inside"),
         ("arguments.py", "import json\nimport yaml", "imports yaml at module level"),
@@ -213,7 +213,7 @@ def test_a_violation_is_found(tmp_path: Path, path: str, source: str, problem: s
 
 def test_what_is_allowed_is_not_reported(tmp_path: Path) -> None:
     write(tmp_path / "train_llm.py", "import torch\nfrom llm_training import planning, state")
-    write(tmp_path / "llm_training/planning.py", "from llm_training.data.order import seek")
+    write(tmp_path / "llm_training/planning.py", "from llm_training.data.rows.order import seek")
     write(tmp_path / "llm_training/data/dataset.py", "from .order import seek\nimport arguments")
     write(tmp_path / "llm_training/optim.py", "from llm_training import schedules")
     write(tmp_path / "arguments.py", "import json\ndef f():\n    import yaml")

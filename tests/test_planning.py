@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from arguments import BatchSizes, OptimizationArguments
-from llm_training.data.mixture import MixtureRows
-from llm_training.data.rows import StreamRows
-from llm_training.data.token_store import TokenArray
+from llm_training.data.rows.mixture import MixtureRows
+from llm_training.data.rows.store_rows import StreamRows
+from llm_training.data.tokens.token_store import TokenArray
 from llm_training.planning import Plan, PlanError, make_plan
 
 BATCH = BatchSizes(per_device=2, accumulation=2, processes=2, global_batch=8)

@@ -11,7 +11,7 @@ import pytest
 
 from arguments import Arguments
 from llm_training import show_data
-from llm_training.data.tokenizers import train_tokenizer
+from llm_training.data.tokens.tokenizers import train_tokenizer
 from llm_training.show_data import DIM, PLAIN, marked_text
 
 ROOT = Path(__file__).resolve().parents[1]

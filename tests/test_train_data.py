@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import train_llm
 from llm_training.argument_parsing import read_arguments
-from llm_training.data.tokenizers import train_tokenizer
+from llm_training.data.tokens.tokenizers import train_tokenizer
 
 Train = Callable[..., Path]
 

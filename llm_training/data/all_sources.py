@@ -18,8 +18,8 @@ from llm_training.data.prepare import list_files, make_tokenizer, prepare_source
 from llm_training.data.prepared import PreparedData
 from llm_training.data.progress import Progress
 from llm_training.data.recipe import Recipe, make_recipe
-from llm_training.data.token_files import is_token_file
-from llm_training.data.tokenizers import (
+from llm_training.data.tokens.token_files import is_token_file
+from llm_training.data.tokens.tokenizers import (
     load_tokenizer,
     tokenizer_fingerprint,
     train_tokenizer,

@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from llm_training.data.token_store import Tokens
+from llm_training.data.tokens.token_store import Tokens
 
 NGRAM = 13
 EXAMPLES_KEPT = 5

@@ -8,28 +8,28 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from llm_training.data.bin_files import prepare_bin_files
-from llm_training.data.encoding import TextEncoder
-from llm_training.data.errors import DataError
-from llm_training.data.folders import check_free_space, exclusive, new_folder
-from llm_training.data.ledger import Ledger
-from llm_training.data.nanogpt_meta import write_nanogpt_meta
-from llm_training.data.prepared import PreparedData, content_fingerprint
-from llm_training.data.progress import Progress
-from llm_training.data.recipe import Recipe, make_recipe
-from llm_training.data.sources import SourceFile, find_files, fixed_part
-from llm_training.data.split import (
+from llm_training.data.documents.sources import SourceFile, find_files, fixed_part
+from llm_training.data.documents.split import (
     TRAIN,
     VALIDATION,
     Split,
     documents_needed,
     validation_share,
 )
-from llm_training.data.store_meta import SplitMeta, StoreMeta, dtype_for, read_meta
-from llm_training.data.store_writer import TokenStoreWriter
-from llm_training.data.token_files import is_token_file, name_token_files
-from llm_training.data.token_store import FILE_NAMES, TokenStore
-from llm_training.data.tokenizers import load_tokenizer, tokenizer_fingerprint
+from llm_training.data.errors import DataError
+from llm_training.data.folders import check_free_space, exclusive, new_folder
+from llm_training.data.ledger import Ledger
+from llm_training.data.prepared import PreparedData, content_fingerprint
+from llm_training.data.progress import Progress
+from llm_training.data.recipe import Recipe, make_recipe
+from llm_training.data.tokens.bin_files import prepare_bin_files
+from llm_training.data.tokens.encoding import TextEncoder
+from llm_training.data.tokens.nanogpt_meta import write_nanogpt_meta
+from llm_training.data.tokens.store_meta import SplitMeta, StoreMeta, dtype_for, read_meta
+from llm_training.data.tokens.store_writer import TokenStoreWriter
+from llm_training.data.tokens.token_files import is_token_file, name_token_files
+from llm_training.data.tokens.token_store import FILE_NAMES, TokenStore
+from llm_training.data.tokens.tokenizers import load_tokenizer, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from llm_training.data.leakage import Leakage
 from llm_training.data.ledger import Ledger
-from llm_training.data.token_store import TokenStore
+from llm_training.data.tokens.token_store import TokenStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

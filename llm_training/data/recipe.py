@@ -11,14 +11,12 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
 
 from arguments import holds_conversations
-from llm_training.data.chat import Conversations, load_chat_template
-from llm_training.data.errors import DataError
-from llm_training.data.filtered import FilteredSource
-from llm_training.data.formats import DocumentFormat, PlainText
-from llm_training.data.hub_datasets import load_hub_dataset
-from llm_training.data.ledger import Ledger
-from llm_training.data.sources import Source, SourceFile, TextFiles
-from llm_training.data.split import (
+from llm_training.data.documents.chat import Conversations, load_chat_template
+from llm_training.data.documents.filtered import FilteredSource
+from llm_training.data.documents.formats import DocumentFormat, PlainText
+from llm_training.data.documents.hub_datasets import load_hub_dataset
+from llm_training.data.documents.sources import Source, SourceFile, TextFiles
+from llm_training.data.documents.split import (
     TRAIN,
     VALIDATION,
     Part,
@@ -28,8 +26,10 @@ from llm_training.data.split import (
     share_of_few,
     validation_share,
 )
-from llm_training.data.store_meta import FORMAT_VERSION
-from llm_training.data.tokenizers import (
+from llm_training.data.errors import DataError
+from llm_training.data.ledger import Ledger
+from llm_training.data.tokens.store_meta import FORMAT_VERSION
+from llm_training.data.tokens.tokenizers import (
     TRAINED_KINDS,
     TrainedKind,
     load_tokenizer,

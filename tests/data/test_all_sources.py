@@ -10,7 +10,7 @@ import pytest
 
 from arguments import Arguments
 from llm_training.data import DataError, PreparedData, all_sources, prepare_data
-from llm_training.data.tokenizers import tokenizer_fingerprint, train_tokenizer
+from llm_training.data.tokens.tokenizers import tokenizer_fingerprint, train_tokenizer
 
 
 @pytest.fixture
@@ -22,7 +22,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def prepare(folder: Path, said: list[str] | None = None, **changes: Any) -> PreparedData:
+def prepare(
+    folder: Path, said: list[str] | None = None, source: str | None = None, **changes: Any
+) -> PreparedData:
     mixture = {
         name: {"train_file": [str(folder / name)], "weight": weight}
         for name, weight in (("code", 3.0), ("prose", 1.0))
@@ -34,7 +36,7 @@ def prepare(folder: Path, said: list[str] | None = None, **changes: Any) -> Prep
         "cache_dir": str(folder / "cache"),
     }
     lines = [] if said is None else said
-    return prepare_data(Arguments(**settings | changes), say=lines.append)
+    return prepare_data(Arguments(**settings | changes), tokenizer_source=source, say=lines.append)
 
 
 def test_every_source_has_its_store_and_all_have_one_tokenizer(folder: Path) -> None:
@@ -96,9 +98,8 @@ def test_token_files_have_the_tokenizer_that_made_them(folder: Path) -> None:
     assert set(data.stores("train")) == {"ids", "prose"}
     other = train_tokenizer("bpe", ["however " * 50], 270)
     other.save_pretrained(folder / "other")
-    (path.parent / "meta.json").unlink()
-    with pytest.raises(DataError, match=r"have different tokenizers|holds token id"):
-        prepare(folder, train_mixture=mixture, tokenizer_name=None, model_name_or_path="x")
+    with pytest.raises(DataError, match="the sources ids, prose have different tokenizers"):
+        prepare(folder, source=str(folder / "other"), train_mixture=mixture, tokenizer_name=None)
 
 
 def test_a_stream_has_a_tokenizer_and_validation_beside_it(folder: Path) -> None:

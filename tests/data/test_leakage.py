@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from llm_training.data import leakage
 from llm_training.data.leakage import NGRAM, find_leakage
-from llm_training.data.token_store import TokenArray
+from llm_training.data.tokens.token_store import TokenArray
 
 EOS = 0
 

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from arguments import DataArguments
 from llm_training.data import DataError, PreparedData, TokenStore, prepare_data
-from llm_training.data.tokenizers import train_tokenizer
+from llm_training.data.documents.table_rows import NO_TEXT, NOT_JSON
+from llm_training.data.tokens.tokenizers import train_tokenizer
 
 
 @pytest.fixture
@@ -99,6 +101,57 @@ def test_the_ledger_adds_up(corpus: Path) -> None:
     assert splits["train"].files == 1 + 18
 
 
+def test_what_is_left_out_is_in_the_ledger_with_its_bytes(corpus: Path) -> None:
+    rows = ["same text", "x", "same text", "another text"]
+    lines = [json.dumps({"text": row}) for row in rows] + ["{broken", json.dumps({"text": None})]
+    file = corpus / "rows.jsonl"
+    file.write_text("\n".join(lines))
+    data = prepare(
+        file,
+        drop_duplicates=True,
+        min_document_characters=3,
+        skip_bad_documents=True,
+        validation_split_percentage=0,
+    )
+    ledger = data.ledger
+    assert ledger.documents_seen == len(lines)
+    assert {reason: entry.count for reason, entry in ledger.left_out.items()} == {
+        "duplicates": 1,
+        "documents under 3 characters": 1,
+        NOT_JSON: 1,
+        NO_TEXT: 1,
+    }
+    assert ledger.left_out["duplicates"].bytes == len("same text")
+    assert ledger.bytes_seen == sum(map(len, rows))
+    assert documents(data.train, data.tokenizer) == ["same text", "another text"]
+
+
+def test_a_document_of_many_pieces_is_one_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "".join(f"line {i}\n" for i in range(1_000))
+    (tmp_path / "book.txt").write_text(text)
+    whole = prepare(tmp_path / "book.txt", cache_dir=str(tmp_path / "whole"))
+    monkeypatch.setattr("llm_training.data.documents.text_pieces.PIECE_CHARACTERS", 300)
+    parts = prepare(tmp_path / "book.txt", cache_dir=str(tmp_path / "parts"))
+    assert parts.fingerprint == whole.fingerprint
+    assert parts.ledger == whole.ledger
+    assert parts.train is not None and parts.train.ends is not None
+    assert parts.train.ends.tolist() == [parts.train.num_tokens]
+
+
+def test_a_store_can_be_read_by_nanogpt(corpus: Path) -> None:
+    data = prepare(corpus, tokenizer_name="char")
+    assert data.train is not None and data.tokenizer is not None
+    with (data.train.path.parent / "meta.pkl").open("rb") as file:
+        meta = pickle.load(file)
+    assert meta["vocab_size"] == len(data.tokenizer)
+    tokens = np.fromfile(data.train.path, np.uint16)[:50]
+    assert "".join(meta["itos"][i] for i in tokens.tolist() if i in meta["itos"]).startswith(
+        "document 1\nwith"
+    )
+
+
 def test_few_documents_are_cut_at_their_end(tmp_path: Path) -> None:
     text = "".join(f"line {i}\n" for i in range(1_000))
     (tmp_path / "book.txt").write_text(text)
@@ -148,7 +201,7 @@ def test_a_special_token_in_the_text_ends_no_document(tmp_path: Path) -> None:
 
 def test_unchanged_data_is_not_read_again(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare(corpus, tokenizer_name="bpe", vocab_size=300)
-    monkeypatch.setattr("llm_training.data.sources.read_texts", None)
+    monkeypatch.setattr("llm_training.data.documents.sources.read_texts", None)
     said: list[str] = []
     (corpus / "other.png").write_bytes(b"")
     second = prepare(corpus, said, tokenizer_name="bpe", vocab_size=300)

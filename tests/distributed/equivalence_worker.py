@@ -28,8 +28,8 @@ from torch import distributed
 
 import train_llm
 from llm_training.argument_parsing import read_arguments
-from llm_training.data.dataset import TrainingWindows
-from llm_training.data.rows import IGNORE_INDEX, NO_ROW, Batch, StreamRows
+from llm_training.data.rows.store_rows import IGNORE_INDEX, NO_ROW, Batch, StreamRows
+from llm_training.data.rows.windows import TrainingWindows
 from llm_training.launch_settings import read_launch_settings
 from llm_training.outputs import OutputFolder
 from llm_training.ranks import leave

@@ -26,7 +26,7 @@ from transformers import GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedMo
 
 from arguments import Arguments, BatchSizes
 from llm_training import export
-from llm_training.data.tokenizers import train_tokenizer
+from llm_training.data.tokens.tokenizers import train_tokenizer
 from llm_training.export import ExportError, export_model
 from llm_training.generation import generate_sample
 from llm_training.launch import build_accelerator

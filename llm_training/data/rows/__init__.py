@@ -1,0 +1,1 @@
+"""Tokens as rows: which ones, in which order, for which process."""

@@ -1,0 +1,330 @@
+"""Documents into token ids, on all cores, large ones in pieces; what of them is learned."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from llm_training.data.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llm_training.data.documents.sources import Document
+
+# One batch goes to all cores at once; its encodings take up to 100 times its size.
+_BATCH_CHARACTERS = 2 * 2**20
+_PIECE_CHARACTERS = 64 * 2**10
+# Longer texts are cut even where that may change a token; cuts are looked for in the reach after.
+_WHOLE_CHARACTERS = 2**20
+_CUT_REACH = 2**16
+# ASCII only: which other characters are letters depends on the version of Unicode.
+_WORD_AT_LINE_END = re.compile(r"[A-Za-z0-9](?=\n)")
+_LINE_END = re.compile(r"\S(?=\r?\n)")
+_WORD_END = re.compile(r"\S(?=\s)")
+# In none of these does a match hold a letter or digit followed by a newline, and what comes before
+# the newline cannot look beyond it. So words never reach over the cut, and neither do merges.
+_SPLITS_BEFORE_NEWLINE = frozenset(
+    (
+        # GPT-4 (cl100k), Llama 3
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        # Qwen2, Qwen3
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        # Qwen3.5
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+        r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        # GPT-4o, gpt-oss (o200k)
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    )
+)
+
+
+class HasDocument(Protocol):
+    """What the encoder needs of the parts it is given; it gives them back beside their tokens."""
+
+    @property
+    def document(self) -> Document: ...
+
+
+P = TypeVar("P", bound=HasDocument)
+
+
+class _Piece(NamedTuple, Generic[P]):
+    part: P
+    text: str
+    is_last: bool
+    learned: tuple[tuple[int, int], ...] | None
+
+
+class _Tokens(NamedTuple):
+    ids: NDArray[np.uint32]
+    learned: NDArray[np.uint8] | None
+
+
+class TextEncoder:
+    """Turns documents into ids: plain text, and conversations with their special tokens.
+
+    No special token is read from plain text, and none is added to any. The tokenizer itself stays
+    as it was: what is set here is set on a copy.
+
+    Attributes:
+        documents_cut_unsure: documents so far that were encoded in pieces, to bound the memory,
+            although a token or two at each cut may not be those of the whole text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.documents_cut_unsure = 0
+        self._tokenizer = tokenizer
+        self._backend: Tokenizer | None = None
+        self._may_cut = False
+        self._is_cut_unsure = False
+        self._last_character = ""  # of the piece before, where its document goes on
+        if tokenizer.is_fast:
+            self._backend = _plain_copy(tokenizer)
+            self._backend.encode_special_tokens = True
+            self._may_cut = may_cut_before_newline(self._backend)
+
+    @cached_property
+    def _conversation_backend(self) -> Tokenizer:
+        """A copy that reads special tokens; made when first needed, as it may take seconds."""
+        backend = _plain_copy(self._tokenizer)
+        backend.encode_special_tokens = False
+        # It adds no token here, but may take the spaces of words out of their character ranges.
+        backend.post_processor = None
+        return backend
+
+    def encode(
+        self, parts: Iterable[P]
+    ) -> Iterator[tuple[P, NDArray[np.uint32], NDArray[np.uint8] | None]]:
+        """Yields (part, ids, learned) for each part, in order.
+
+        `ids` is (tokens,) uint32. `learned` is None for plain text; for conversations (tokens,)
+        uint8, 1 for each token that is learned. Parts are taken ahead, some MB at a time, so that
+        all cores work. A piece of a document that comes in several is encoded by itself.
+
+        Raises:
+            DataError: a conversation, and the tokenizer is not a fast one.
+        """
+        ids: list[NDArray[np.uint32]] = []
+        for batch in _batches(self._pieces(parts)):
+            for piece, tokens in zip(batch, self._encode_batch(batch), strict=True):
+                ids.append(tokens.ids)
+                if piece.is_last:
+                    yield piece.part, np.concatenate(ids), tokens.learned
+                    ids = []
+
+    def _pieces(self, parts: Iterable[P]) -> Iterator[_Piece[P]]:
+        for part in parts:
+            document = part.document
+            if document.learned is not None:
+                self._check_conversation(document)
+                yield _Piece(part, document.text, True, document.learned)
+                continue
+            texts = self._cut(document)
+            for i, text in enumerate(texts, 1):
+                yield _Piece(part, text, i == len(texts), None)
+
+    def _check_conversation(self, document: Document) -> None:
+        assert document.is_last, "a conversation is one document"
+        if self._backend is None:
+            raise DataError(
+                f"{document.where}: conversations need a fast tokenizer, but this one"
+                f" ({type(self._tokenizer).__name__}) is written in Python and cannot say which"
+                " characters a token stands for. Use a tokenizer that has a tokenizer.json."
+            )
+
+    def _cut(self, document: Document) -> list[str]:
+        """The pieces of a plain document; counts it, once, if it is not sure to be cut well."""
+        text = document.text
+        surely = cut_before_newlines(text, _PIECE_CHARACTERS) if self._may_cut else [text]
+        pieces = [piece for sure in surely for piece in cut_anyway(sure, _WHOLE_CHARACTERS)]
+        is_unsure = len(pieces) > len(surely) or not self._goes_on_surely(text)
+        if is_unsure and not self._is_cut_unsure:
+            self._is_cut_unsure = True
+            self.documents_cut_unsure += 1
+        self._last_character = "" if document.is_last else text[-1]
+        if document.is_last:
+            self._is_cut_unsure = False
+        return pieces
+
+    def _goes_on_surely(self, text: str) -> bool:
+        """Whether no token could have reached over the cut before this piece, if there is one."""
+        before = self._last_character
+        if not before:
+            return True
+        return self._may_cut and bool(_WORD_AT_LINE_END.match(before + text[:1]))
+
+    def _encode_batch(self, batch: list[_Piece[P]]) -> Iterator[_Tokens]:
+        plain = iter(self._encode_plain([p.text for p in batch if p.learned is None]))
+        conversations = [p for p in batch if p.learned is not None]
+        encodings = iter(
+            self._conversation_backend.encode_batch(
+                [p.text for p in conversations], add_special_tokens=False
+            )
+            if conversations
+            else ()
+        )
+        for piece in batch:
+            if piece.learned is None:
+                yield _Tokens(np.array(next(plain), np.uint32), None)
+            else:
+                encoding = next(encodings)
+                learned = learned_tokens(piece.text, encoding.offsets, piece.learned)
+                yield _Tokens(np.array(encoding.ids, np.uint32), learned)
+
+    def _encode_plain(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        if self._backend is not None:
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+            return [encoding.ids for encoding in encodings]
+        # Tokenizers that are written in Python have no batches and no copy to set.
+        encoded = self._tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            padding=False,
+            truncation=False,
+            verbose=False,
+        )
+        return encoded["input_ids"]
+
+
+def _plain_copy(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def learned_tokens(
+    text: str, offsets: Sequence[tuple[int, int]], spans: Iterable[tuple[int, int]]
+) -> NDArray[np.uint8]:
+    """Which tokens hold characters of `spans`: (tokens,) uint8 of 0 and 1.
+
+    A token that reaches over the end of a span is learned: its beginning can only be generated.
+    One that begins before a span is learned if all it has from there is whitespace, as " yes" after
+    a prompt that ends in a space; if it has more, it is mostly the prompt's, and is not learned.
+
+    Args:
+        text: what was encoded.
+        offsets: the range of characters [start, stop) of each token, in order.
+        spans: ranges of characters.
+    """
+    starts, stops = np.array(offsets, np.int64).reshape(-1, 2).T
+    learned = np.zeros(len(starts), np.uint8)
+    for start, stop in spans:
+        earliest = start
+        while earliest > 0 and text[earliest - 1].isspace():
+            earliest -= 1
+        learned[(starts >= earliest) & (stops > start) & (starts < stop)] = 1
+    return learned
+
+
+def _batches(pieces: Iterable[_Piece[P]]) -> Iterator[list[_Piece[P]]]:
+    batch: list[_Piece[P]] = []
+    num_characters = 0
+    for piece in pieces:
+        batch.append(piece)
+        num_characters += len(piece.text)
+        if num_characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, num_characters = [], 0
+    if batch:
+        yield batch
+
+
+def cut_before_newlines(text: str, piece_characters: int) -> list[str]:
+    """Pieces of about `piece_characters`, each ending in a letter or digit before a newline."""
+    pieces = []
+    start = 0
+    while len(text) - start > piece_characters:
+        match = _WORD_AT_LINE_END.search(text, start + piece_characters)
+        if match is None:
+            break
+        pieces.append(text[start : match.end()])
+        start = match.end()
+    pieces.append(text[start:])
+    return pieces
+
+
+def cut_anyway(text: str, piece_characters: int) -> list[str]:
+    """Pieces of about `piece_characters`: cut at a line end, else at whitespace, else anywhere.
+
+    A cut is made before the whitespace, to which many tokenizers join what follows it.
+    """
+    pieces = []
+    start = 0
+    while len(text) - start > piece_characters:
+        earliest = start + piece_characters
+        reach = earliest + _CUT_REACH
+        match = _LINE_END.search(text, earliest, reach) or _WORD_END.search(text, earliest, reach)
+        stop = match.end() if match else earliest
+        pieces.append(text[start:stop])
+        start = stop
+    pieces.append(text[start:])
+    return pieces
+
+
+def may_cut_before_newline(backend: Tokenizer) -> bool:
+    """Whether pieces of `cut_before_newlines` are sure to give the same tokens as the whole text.
+
+    True only for tokenizers that we know enough of; False costs speed on large documents, and a
+    token or two at each cut of those that are too long to be encoded whole.
+    """
+    content = json.loads(backend.to_str())
+    return (
+        _is_local_normalizer(content["normalizer"])
+        and all("\n" not in t["content"] and not t["rstrip"] for t in content["added_tokens"])
+        and (
+            _splits_before_newline(content["pre_tokenizer"])
+            or _has_no_merges(content["model"], content["pre_tokenizer"])
+        )
+    )
+
+
+def _is_local_normalizer(normalizer: dict[str, Any] | None) -> bool:
+    # NFC composes nothing across a newline.
+    return normalizer is None or normalizer["type"] == "NFC"
+
+
+def _splits_before_newline(pre_tokenizer: dict[str, Any] | None) -> bool:
+    match pre_tokenizer:
+        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
+            return True
+        case {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"} as split,
+                {"type": "ByteLevel", "add_prefix_space": False},
+            ],
+        }:
+            return regex in _SPLITS_BEFORE_NEWLINE and not split["invert"]
+    return False
+
+
+def _has_no_merges(model: dict[str, Any], pre_tokenizer: dict[str, Any] | None) -> bool:
+    """Whether every character or byte is a token of its own."""
+    is_plain = pre_tokenizer is None or (
+        pre_tokenizer["type"] == "ByteLevel" and not pre_tokenizer["add_prefix_space"]
+    )
+    return (
+        is_plain
+        and model["type"] == "BPE"
+        and not model["merges"]
+        and not (model["fuse_unk"] or model["continuing_subword_prefix"])
+        and not (model["end_of_word_suffix"] or model["ignore_merges"])
+    )
