@@ -196,7 +196,8 @@ def find_shared_folder(accelerator: Accelerator, folder: Path) -> None:
 def limit_waiting(seconds: int) -> None:
     """Gives every group of processes the run's limit; call it once the model is prepared.
 
-    Sharding backends form groups of their own, with a limit of half an hour.
+    DeepSpeed, tensor and context parallelism form groups of their own, with a limit of half an
+    hour.
     """
     if distributed.is_initialized():
         for group in distributed_c10d._world.pg_map:

@@ -1,9 +1,12 @@
 """Who reads which rows, how means become sums, and what is said of a broken exchange."""
 
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from accelerate.utils import DistributedType
 from torch import distributed
 
@@ -94,3 +97,20 @@ def test_what_several_ranks_meet_is_told_once(tmp_path: Path) -> None:
     finally:
         distributed.destroy_process_group()
     assert told == [True, False, True]
+
+
+def test_every_group_gets_the_limit_of_the_run(tmp_path: Path) -> None:
+    """DeepSpeed, tensor and context parallelism make groups whose limit is half an hour."""
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        groups = [distributed.group.WORLD, distributed.new_group([0])]
+        assert limit_of(groups[1]) == timedelta(minutes=30)
+        ranks.limit_waiting(77)
+        assert [limit_of(group) for group in groups] == [timedelta(seconds=77)] * 2
+    finally:
+        distributed.destroy_process_group()
+
+
+def limit_of(group: Any) -> timedelta:
+    return group._get_backend(torch.device("cpu")).options._timeout

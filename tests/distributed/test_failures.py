@@ -55,7 +55,6 @@ def hung(
     words = settings_in(tmp_path_factory.mktemp("hung"), text_folder)
 
     def hang() -> tuple[subprocess.CompletedProcess, float]:
-        # FSDP2 exchanges in groups of its own, whose limit would be half an hour.
         ended = fail("fsdp", "hang", 2, 1, *words, "--ddp_timeout", "20")
         return ended, seconds_since_fault(ended)
 

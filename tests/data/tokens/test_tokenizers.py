@@ -82,7 +82,7 @@ def test_a_bpe_vocabulary_holds_its_special_tokens(python_texts: list[str]) -> N
 
 
 def test_rare_pairs_become_no_token() -> None:
-    texts = ["often often often rare"]
+    texts = ["as often often often as rare"]
     often = train_tokenizer("bpe", texts, 300, min_frequency=3)
     assert len(often(" often").input_ids) == 1
     assert len(often(" rare").input_ids) == len(" rare")
