@@ -53,6 +53,7 @@ def full_ledger(data: PreparedData, train: Rows | None, validation: Rows | None)
             for split, rows in (("train", train), ("validation", validation))
             if rows
         },
+        "leakage": dataclasses.asdict(data.leakage) if data.leakage else None,
     }
 
 

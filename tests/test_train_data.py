@@ -118,6 +118,7 @@ def test_the_ledger_of_a_run_adds_up(train: Train) -> None:
         reasons = ("row_starts", "document_starts", "not_learned", "truncated", "dropped")
         lost = sum(rows[reason] for reason in (*reasons, "leftover"))
         assert rows["predicted"] + lost == rows["tokens"]
+    assert ledger["leakage"]["documents"] == splits["validation"]["documents"]
     # In an epoch, the loop predicts exactly what the ledger said.
     assert state(folder)["tokens"] == ledger["rows"]["train"][""]["predicted"]
 

@@ -119,7 +119,7 @@ def test_the_command_line_from_text_to_a_model(settings: dict, tmp_path: Path) -
     assert run.data.params["max_steps"] == "20"
     assert run.data.metrics["train/loss"] == log[-2]["train/loss"]
     artifacts = {a.path for a in mlflow.MlflowClient().list_artifacts(run.info.run_id)}
-    assert {"arguments.json", "train_log.jsonl"} <= artifacts
+    assert {"arguments.json", "ledger.json", "train_log.jsonl"} <= artifacts
 
     # Once more: it says what is there and touches nothing.
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
