@@ -11,6 +11,9 @@ Each round runs, one after the other in fresh processes and with the same tokeni
 - `map`: `datasets` with `map(tokenize)` and `map(group_texts)`, as the examples of transformers do
   it; in one process, as ours, where the tokenizer uses all cores, and in one for each core
 
+These read JSON lines. `text` and `map_text` are `ours` and `map` on the same text in one text file:
+one document for us, a row for each line there, as the examples load text.
+
 Rates are in megabytes of text a second. What is compared are the ratios within each round.
 """
 
@@ -94,19 +97,29 @@ def write_corpus(folder: Path, megabytes: float) -> None:
             left -= len(text.encode())
 
 
+def write_text(folder: Path) -> None:
+    """All of the corpus as one text file."""
+    target = (folder / "corpus.txt").open("w", encoding="utf-8", newline="")
+    with (folder / "corpus.jsonl").open(encoding="utf-8") as lines, target:
+        target.writelines(json.loads(line)["text"] for line in lines)
+
+
 def compare(folder: Path, rounds: int) -> None:
     """Prints the rates of each round and the ratios."""
-    rates: dict[str, list[float]] = {name: [] for name in ("raw", "ours", "map", "map_processes")}
+    write_text(folder)
+    names = ("raw", "ours", "map", "map_processes", "text", "map_text")
+    rates: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
         found = {name: run_worker(name, folder) for name in rates}
         for name, result in found.items():
             rates[name].append(result["bytes"] / 1e6 / result["seconds"])
         shown = ", ".join(f"{name} {rates[name][-1]:.2f} MB/s" for name in rates)
         print(f"round {number + 1}: {shown}", flush=True)
-    for other in ("raw", "map", "map_processes"):
-        ratios = sorted(a / b for a, b in zip(rates["ours"], rates[other], strict=True))
+    pairs = [("ours", "raw"), ("ours", "map"), ("ours", "map_processes"), ("text", "map_text")]
+    for mine, other in pairs:
+        ratios = sorted(a / b for a, b in zip(rates[mine], rates[other], strict=True))
         print(
-            f"ours / {other}: {statistics.median(ratios):.3f}"
+            f"{mine} / {other}: {statistics.median(ratios):.3f}"
             f" (from {ratios[0]:.3f} to {ratios[-1]:.3f} in {rounds} rounds)"
         )
 
@@ -142,10 +155,7 @@ def run_ours(folder: Path) -> dict[str, Any]:
 
 def run_text(folder: Path) -> dict[str, Any]:
     """As `run_ours`, where all of the text is one document in one file."""
-    text_file = folder / "corpus.txt"
-    with (folder / "corpus.jsonl").open(encoding="utf-8") as lines, text_file.open("w") as file:
-        file.writelines(json.loads(line)["text"] for line in lines)
-    return build(folder, text_file)
+    return build(folder, folder / "corpus.txt")
 
 
 def build(folder: Path, corpus: Path) -> dict[str, Any]:
@@ -176,7 +186,12 @@ def run_map_processes(folder: Path) -> dict[str, Any]:
     return run_map(folder, processes=os.cpu_count())
 
 
-def run_map(folder: Path, processes: int | None = None) -> dict[str, Any]:
+def run_map_text(folder: Path) -> dict[str, Any]:
+    """As `run_map`, on the text file, which `datasets` reads by lines."""
+    return run_map(folder, loader="text")
+
+
+def run_map(folder: Path, processes: int | None = None, loader: str = "json") -> dict[str, Any]:
     import datasets
     from transformers import AutoTokenizer
 
@@ -198,8 +213,10 @@ def run_map(folder: Path, processes: int | None = None) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as cache:
         began = time.perf_counter()
+        file = folder / ("corpus.txt" if loader == "text" else "corpus.jsonl")
+        words = {"keep_linebreaks": True} if loader == "text" else {}
         rows = datasets.load_dataset(
-            "json", data_files=str(folder / "corpus.jsonl"), split="train", cache_dir=cache
+            loader, data_files=str(file), split="train", cache_dir=cache, **words
         )
         tokens = rows.map(tokenize, batched=True, num_proc=processes, remove_columns=["text"])
         tokens.map(group_texts, batched=True, num_proc=processes)
@@ -210,6 +227,7 @@ def run_map(folder: Path, processes: int | None = None) -> dict[str, Any]:
 def measure_memory(folder: Path, megabytes: float) -> None:
     """Prints the peak memory of building a store from JSON lines and from one text file."""
     write_corpus(folder, megabytes)
+    write_text(folder)
     for name in ("ours", "text"):
         result = run_worker(name, folder)
         print(
@@ -279,6 +297,7 @@ WORKERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "ours": run_ours,
     "map": run_map,
     "map_processes": run_map_processes,
+    "map_text": run_map_text,
     "text": run_text,
     "reading": run_reading,
 }

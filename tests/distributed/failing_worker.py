@@ -18,6 +18,8 @@ step_as_it_is, prepare_as_it_is = train_llm.optimizer_step, train_llm.prepare_da
 
 def faulty_step(run, *args):
     if IS_FAULTY and run.state.step == STEP:
+        if FAULT == "kill":
+            time.sleep(2)  # the other rank waits for this one by then, and notices at once
         print(f"fault at {time.time()}", flush=True)
         if FAULT == "kill":
             os.kill(os.getpid(), signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from functools import cached_property
 from itertools import pairwise
 from typing import Protocol
@@ -55,7 +56,7 @@ class Rows(Protocol):
         """What becomes of the tokens of each source, by its name."""
 
 
-class _StoreRows:
+class _StoreRows(ABC):
     """What rows of one store have in common: filling a batch from runs of tokens."""
 
     def __init__(self, store: Tokens, block_size: int, *, document_mask: bool):
@@ -68,12 +69,12 @@ class _StoreRows:
     def at(self, positions: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
         return sample_rows(positions, self.num_rows, seed)
 
+    @abstractmethod
     def runs(self, row: int) -> list[tuple[int, int]]:
         """The (first token, number of tokens) of each run of tokens that a row is made of.
 
         Under a document mask, no run holds tokens of two documents.
         """
-        raise NotImplementedError
 
     def documents(self, row: int) -> list[int]:
         return [length for _, length in self.runs(row)]
