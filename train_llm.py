@@ -72,6 +72,7 @@ from llm_training.ranks import (
     find_shared_folder,
     gradient_factor,
     is_first_to_say,
+    last_words,
     leave,
     limit_waiting,
     local_main_first,
@@ -143,6 +144,12 @@ class Run:
 
 def main(arguments: Arguments) -> int:
     """Runs what the arguments say; returns the exit code."""
+    with last_words():
+        return run_and_tell(arguments)
+
+
+def run_and_tell(arguments: Arguments) -> int:
+    """Runs what the arguments say, and tells in one paragraph what a user can mend."""
     try:
         if arguments.eval_only:
             evaluate_only(arguments)
