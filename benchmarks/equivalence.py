@@ -417,7 +417,7 @@ def explanation() -> str:
     return (
         f"Largest relative difference from one process without accumulation, over"
         f" {len(MODELS)} models, accumulation 1, 2 and 4, and all steps; in fp32 also with gradient"
-        " checkpointing, and resumed from a checkpoint. Bounds:"
+        " checkpointing, with a document mask, and resumed from a checkpoint. Bounds:"
         f" {BOUNDS['fp32']['loss']:.0e} in fp32; in bf16, where one rounding is up to 3.9e-3,"
         f" {BOUNDS['bf16']['loss']:.1e} on the losses and {BOUNDS['bf16']['grad_norm']:.1e} on the"
         " gradient norm. bf16 rounds in different places: one process, DDP and tensor parallelism"
