@@ -83,6 +83,29 @@ def test_a_single_process_leaves_with_its_code() -> None:
     assert left.value.code == 3
 
 
+LEAVING = """
+import atexit, os, sys
+from torch import distributed
+from llm_training import ranks
+
+class Aborts:
+    def __del__(self, abort=os.abort):
+        abort()  # as a thread of gloo does that is met by the end of the interpreter
+
+aborts = Aborts()
+atexit.register(print, "the last words")
+distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+ranks.leave(int(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize(("code", "said"), [(0, "the last words\n"), (3, "")])
+def test_nothing_fails_after_the_end_of_an_exchange(tmp_path: Path, code: int, said: str) -> None:
+    words = [sys.executable, "-c", LEAVING, str(tmp_path / "store"), str(code)]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.returncode, ended.stdout) == (code, said), ended.stderr
+
+
 def test_before_the_processes_meet_one_of_each_machine_speaks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
