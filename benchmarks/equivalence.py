@@ -104,8 +104,8 @@ REFUSALS = {
     ("tp", "gpt2"): "transformers has no plan for gpt2",
     ("cp", "gpt2"): "Rows cannot be shared by ranks in gpt2",
 }
-# Refused before anything starts: ranks that share a row know no documents.
-UNTRAINED_VARIANTS = {"cp": ("masked",)}
+# Refused before anything starts: ranks that share a row know no documents, and cannot compile.
+UNTRAINED_VARIANTS = {"cp": ("masked", "compiled")}
 
 
 @dataclass(frozen=True)
@@ -444,6 +444,8 @@ def main() -> int:
         references = run_backend("single", cases_of("single"), folder)
         print(HEADER, flush=True)
         for backend in options.backends:
+            if options.compiled and "compiled" in UNTRAINED_VARIANTS.get(backend, ()):
+                continue
             cases = COMPILED_CASES if options.compiled else cases_of(backend)
             is_known = backend == "single" and not options.compiled
             records = references if is_known else run_backend(backend, cases, folder)

@@ -71,6 +71,13 @@ def _device_problems(arguments: Arguments, launch: LaunchSettings) -> Iterator[s
     if dynamo and str(dynamo.value).lower() not in ("no", "false"):
         ours = f"torch_compile={shown_value(arguments.torch_compile)}"
         yield f"{ours}, but {dynamo.says}: torch_compile decides; {dynamo.remedy}"
+    if arguments.torch_compile and launch.cp_size > 1:
+        # Causal attention takes other turns on each rank; compiled, so would the exchanges in it.
+        yield (
+            f"torch_compile=true, but parallelism_config_cp_size={launch.cp_size} splits rows over"
+            " ranks, which would then wait for each other forever: set torch_compile to false, or"
+            " cp_size to 1"
+        )
 
 
 def _precision_problems(arguments: Arguments, launch: LaunchSettings) -> Iterator[str]:

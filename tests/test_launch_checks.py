@@ -126,6 +126,12 @@ CONTRADICTIONS = {
             "parallelism_config_cp_size=2 = 4 (launch.yaml): set num_processes to 4 or 8",
         ],
     ),
+    "compiled rows that ranks share": case(
+        {**PARALLEL, "PARALLELISM_CONFIG_TP_SIZE": "1", "PARALLELISM_CONFIG_CP_SIZE": "2"},
+        FSDP_FILE,
+        says=["torch_compile=true, but parallelism_config_cp_size=2", "torch_compile to false"],
+        torch_compile=True,
+    ),
     "fewer than a group": case(
         {**PARALLEL, "PARALLELISM_CONFIG_TP_SIZE": "4"},
         FSDP_FILE,
