@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from llm_training.data.documents.compressed import is_compressed
 from llm_training.data.documents.formats import DocumentFormat
@@ -28,8 +28,7 @@ _TEXT_PER_PACKED_BYTE = 4
 _DATASET_DESCRIPTIONS = ("dataset_dict.json", "dataset_info.json", "state.json")
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """One text, or a piece of one that is too long to be held whole.
 
     Attributes:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
+from typing import NamedTuple
 
 from llm_training.data.documents.sources import Document
 from llm_training.data.errors import DataError
@@ -18,8 +18,7 @@ VALIDATION = "validation"
 _REACH_CHARACTERS = 2**20
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A document, or a part of one, that belongs to one split.
 
     Attributes:
@@ -177,4 +176,4 @@ def _cut_pieces(pieces: Iterator[Document], share: Fraction, num_characters: int
 
 def _with_text(document: Document, text: str, *, is_last: bool) -> Document:
     num_bytes = len(text.encode("utf-8"))
-    return dataclasses.replace(document, text=text, num_bytes=num_bytes, is_last=is_last)
+    return document._replace(text=text, num_bytes=num_bytes, is_last=is_last)

@@ -7,7 +7,7 @@ import os
 import re
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from llm_training.data.errors import DataError
 
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 # one; small ones stay in the processor's cache. An encoding takes up to 100 times its text.
 _BATCH_CHARACTERS = min(2**21, 2**16 * max(2, os.cpu_count() or 1))
 _BATCHES_AT_A_TIME = 2
-_PIECE_CHARACTERS = 2**14
+# Longer pieces leave the cache, and take a third more time in all. Shorter documents are joined
+# to pieces of this length: one encoding for all costs less.
+_PIECE_CHARACTERS = 2**11
+_SEPARATOR = "\0"
 # Longer texts are cut even where that may change a token; cuts are looked for in the reach after.
 _WHOLE_CHARACTERS = 2**20
 _CUT_REACH = 2**16
@@ -70,22 +73,18 @@ P = TypeVar("P", bound=HasDocument)
 
 
 class _Piece(NamedTuple, Generic[P]):
-    part: P
+    """What is encoded as one text: a piece of one part, or several whole parts that are joined."""
+
+    parts: Sequence[P]
     text: str
-    is_last: bool
-    learned: tuple[tuple[int, int], ...] | None
+    is_last: bool = True
+    learned: tuple[tuple[int, int], ...] | None = None
 
 
 class _Tokens(NamedTuple):
     ids: NDArray[np.uint32]
     learned: NDArray[np.uint8] | None
-
-
-class _Encoded(NamedTuple):
-    """The encodings of a batch, in its order."""
-
-    plain: list[Any]
-    conversations: list[Any]
+    is_last: bool
 
 
 class TextEncoder:
@@ -106,10 +105,21 @@ class TextEncoder:
         self._may_cut = False
         self._is_cut_unsure = False
         self._last_character = ""  # of the piece before, where its document goes on
+        self._separator_id: int | None = None
         if tokenizer.is_fast:
             self._backend = _plain_copy(tokenizer)
             self._backend.encode_special_tokens = True
             self._may_cut = may_cut_before_newline(self._backend)
+            if self._may_cut and self._backend.token_to_id(_SEPARATOR) is None:
+                self._backend.add_tokens([AddedToken(_SEPARATOR, normalized=False)])
+                self._separator_id = self._backend.token_to_id(_SEPARATOR)
+
+    @cached_property
+    def _plain_backend(self) -> Tokenizer:
+        """A copy without a separator, for texts that hold it; made when first needed."""
+        backend = _plain_copy(self._tokenizer)
+        backend.encode_special_tokens = True
+        return backend
 
     @cached_property
     def _conversation_backend(self) -> Tokenizer:
@@ -133,38 +143,66 @@ class TextEncoder:
             DataError: a conversation, and the tokenizer is not a fast one.
         """
         ids: list[NDArray[np.uint32]] = []
-        for piece, tokens in self._encode_ahead(_batches(self._pieces(parts))):
+        for part, tokens in self._encode_ahead(_batches(self._pieces(parts))):
+            if tokens.is_last and not ids:
+                yield part, tokens.ids, tokens.learned
+                continue
             ids.append(tokens.ids)
-            if piece.is_last:
-                yield piece.part, ids[0] if len(ids) == 1 else np.concatenate(ids), tokens.learned
+            if tokens.is_last:
+                yield part, np.concatenate(ids), None
                 ids = []
 
-    def _encode_ahead(
-        self, batches: Iterator[list[_Piece[P]]]
-    ) -> Iterator[tuple[_Piece[P], _Tokens]]:
-        """Each piece with its tokens; batches are encoded while those before are taken away.
+    def _encode_ahead(self, batches: Iterator[list[_Piece[P]]]) -> Iterator[tuple[P, _Tokens]]:
+        """Each part with its tokens; batches are encoded while those before are taken away.
 
         Reading, converting and writing, which Python does on one core, cost no time of their own.
         """
         with ThreadPoolExecutor(_BATCHES_AT_A_TIME) as threads:
-            waiting: deque[tuple[list[_Piece[P]], Future[_Encoded]]] = deque()
+            waiting: deque[tuple[list[_Piece[P]], Future[list[Any]]]] = deque()
             for batch in batches:
                 waiting.append((batch, threads.submit(self._encode_batch, batch)))
                 if len(waiting) > _BATCHES_AT_A_TIME:
-                    yield from _with_tokens(*waiting.popleft())
+                    yield from self._with_tokens(*waiting.popleft())
             while waiting:
-                yield from _with_tokens(*waiting.popleft())
+                yield from self._with_tokens(*waiting.popleft())
 
     def _pieces(self, parts: Iterable[P]) -> Iterator[_Piece[P]]:
+        joined: list[P] = []
+        num_characters = 0
         for part in parts:
-            document = part.document
-            if document.learned is not None:
-                self._check_conversation(document)
-                yield _Piece(part, document.text, True, document.learned)
-                continue
-            texts = self._cut(document)
-            for i, text in enumerate(texts, 1):
-                yield _Piece(part, text, i == len(texts), None)
+            if self._may_join(part.document):
+                joined.append(part)
+                num_characters += len(part.document.text)
+                if num_characters < _PIECE_CHARACTERS:
+                    continue
+            if joined:
+                yield _join(joined)
+                joined, num_characters = [], 0
+            if not self._may_join(part.document):
+                yield from self._pieces_of(part)
+        if joined:
+            yield _join(joined)
+
+    def _may_join(self, document: Document) -> bool:
+        """Whether this is a short, whole, plain text that its tokenizer keeps apart from others."""
+        return (
+            self._separator_id is not None
+            and document.is_last
+            and not self._last_character
+            and document.learned is None
+            and len(document.text) < _PIECE_CHARACTERS
+            and _SEPARATOR not in document.text
+        )
+
+    def _pieces_of(self, part: P) -> Iterator[_Piece[P]]:
+        document = part.document
+        if document.learned is not None:
+            self._check_conversation(document)
+            yield _Piece((part,), document.text, learned=document.learned)
+            return
+        texts = self._cut(document)
+        for i, text in enumerate(texts, 1):
+            yield _Piece((part,), text, is_last=i == len(texts))
 
     def _check_conversation(self, document: Document) -> None:
         assert document.is_last, "a conversation is one document"
@@ -196,21 +234,32 @@ class TextEncoder:
             return True
         return self._may_cut and bool(_WORD_AT_LINE_END.match(before + text[:1]))
 
-    def _encode_batch(self, batch: list[_Piece[P]]) -> _Encoded:
-        conversations = [p.text for p in batch if p.learned is not None]
-        return _Encoded(
-            plain=self._encode_plain([p.text for p in batch if p.learned is None]),
-            conversations=self._conversation_backend.encode_batch(
-                conversations, add_special_tokens=False
-            )
-            if conversations
-            else [],
-        )
+    def _encode_batch(self, batch: list[_Piece[P]]) -> list[Any]:
+        """An object with `ids` for each piece; what becomes of these costs time of its own."""
+        chosen: dict[Callable[[list[str]], list[Any]], list[int]] = {}
+        for i, piece in enumerate(batch):
+            chosen.setdefault(self._way_to_encode(piece), []).append(i)
+        encodings: list[Any] = [None] * len(batch)
+        for encode, places in chosen.items():
+            for i, encoding in zip(places, encode([batch[i].text for i in places]), strict=True):
+                encodings[i] = encoding
+        return encodings
+
+    def _way_to_encode(self, piece: _Piece[P]) -> Callable[[list[str]], list[Any]]:
+        if piece.learned is not None:
+            return self._encode_conversations
+        is_joined = len(piece.parts) > 1
+        if self._separator_id is not None and not is_joined and _SEPARATOR in piece.text:
+            return self._encode_separators
+        return self._encode_plain
+
+    def _encode_conversations(self, texts: list[str]) -> list[Any]:
+        return self._conversation_backend.encode_batch(texts, add_special_tokens=False)
+
+    def _encode_separators(self, texts: list[str]) -> list[Any]:
+        return self._plain_backend.encode_batch_fast(texts, add_special_tokens=False)
 
     def _encode_plain(self, texts: list[str]) -> list[Any]:
-        """An object with `ids` for each text; what becomes of these costs time of its own."""
-        if not texts:
-            return []
         if self._backend is not None:
             return self._backend.encode_batch_fast(texts, add_special_tokens=False)
         # Tokenizers that are written in Python have no batches and no copy to set.
@@ -224,18 +273,26 @@ class TextEncoder:
         )
         return [SimpleNamespace(ids=ids) for ids in encoded["input_ids"]]
 
+    def _with_tokens(
+        self, batch: list[_Piece[P]], encodings: Future[list[Any]]
+    ) -> Iterator[tuple[P, _Tokens]]:
+        for piece, encoding in zip(batch, encodings.result(), strict=True):
+            ids = _as_array(encoding.ids)
+            if len(piece.parts) == 1:
+                learned = None
+                if piece.learned is not None:
+                    learned = learned_tokens(piece.text, encoding.offsets, piece.learned)
+                yield piece.parts[0], _Tokens(ids, learned, piece.is_last)
+                continue
+            start = 0
+            stops = np.flatnonzero(ids == self._separator_id).tolist()
+            for part, stop in zip(piece.parts, [*stops, len(ids)], strict=True):
+                yield part, _Tokens(ids[start:stop], None, is_last=True)
+                start = stop + 1
 
-def _with_tokens(
-    batch: list[_Piece[P]], encoded: Future[_Encoded]
-) -> Iterator[tuple[_Piece[P], _Tokens]]:
-    plain, conversations = map(iter, encoded.result())
-    for piece in batch:
-        if piece.learned is None:
-            yield piece, _Tokens(_as_array(next(plain).ids), None)
-        else:
-            encoding = next(conversations)
-            learned = learned_tokens(piece.text, encoding.offsets, piece.learned)
-            yield piece, _Tokens(_as_array(encoding.ids), learned)
+
+def _join(parts: list[P]) -> _Piece[P]:
+    return _Piece(parts, _SEPARATOR.join(part.document.text for part in parts))
 
 
 def _as_array(ids: list[int]) -> NDArray[np.uint32]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import random
 from collections.abc import Iterable
@@ -36,9 +35,7 @@ def in_pieces(text: str, ends: list[int]) -> list[Document]:
     cuts = sorted({0, *ends, len(text)})
     pieces = documents(*(text[start:stop] for start, stop in itertools.pairwise(cuts)))
     return [
-        dataclasses.replace(
-            piece, is_last=i == len(pieces), num_characters=len(text) if pieces[1:] else None
-        )
+        piece._replace(is_last=i == len(pieces), num_characters=len(text) if pieces[1:] else None)
         for i, piece in enumerate(pieces, 1)
     ]
 
@@ -174,4 +171,4 @@ def test_few_whole_documents_give_validation_one(num_documents: int) -> None:
 def test_a_conversation_is_not_cut() -> None:
     [document] = documents("question answer")
     with pytest.raises(DataError, match=r"a.txt: a conversation cannot be cut"):
-        list(split_within([dataclasses.replace(document, learned=((9, 15),))], Fraction(1, 5)))
+        list(split_within([document._replace(learned=((9, 15),))], Fraction(1, 5)))

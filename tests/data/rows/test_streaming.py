@@ -49,6 +49,7 @@ ROWS_IN_BLOCK = 20
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """The encoder takes some documents ahead, not all of these small data sets many times."""
     monkeypatch.setattr(encoding, "_BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(encoding, "_PIECE_CHARACTERS", 100)
 
 
 @pytest.fixture(scope="module")

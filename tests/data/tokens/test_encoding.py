@@ -67,6 +67,27 @@ z
 """
 
 
+# What might touch its neighbour: spaces, line ends, half a character, a merge, a special token.
+SHORT_TEXTS = (
+    *(
+        " ",
+        "\n",
+        "  a",
+        "a  ",
+        "\r\n",
+        "'s",
+        "he",
+        "llo",
+        "1",
+        "234",
+        "e",
+        "\u0301a",
+        "<|endoftext|>",
+    ),
+    *("if x:\n", "    return", "\u200d", "中", "文 ", "=", "==\n\n", "a" * 150, "Ä\n", "!", "…"),
+)
+
+
 class Part(NamedTuple):
     """What the encoder takes: anything that has a document."""
 
@@ -95,6 +116,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, *texts: str) -> list[list[int]]:
 
 def encode_parts(encoder: TextEncoder, parts: Iterable[Part]) -> list[list[int]]:
     return [ids.tolist() for _, ids, _ in encoder.encode(parts)]
+
+
+def encode_alone(tokenizer: PreTrainedTokenizerBase, *texts: str) -> list[list[int]]:
+    """What the tokenizer itself makes of each text, in which no special token is read."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.encode_special_tokens = True
+    return [backend.encode(text, add_special_tokens=False).ids for text in texts]
 
 
 def bpe_with(pre_tokenizer: Any, texts: list[str]) -> Tokenizer:
@@ -126,7 +154,7 @@ def test_pieces_give_the_tokens_of_the_whole(
 ) -> None:
     text = AWKWARD + python_text + AWKWARD
     tokenizer = train_tokenizer(kind, [text], 900)
-    whole = encode(tokenizer, text)
+    whole = encode_alone(tokenizer, text)
     assert may_cut_before_newline(tokenizer.backend_tokenizer)
     assert len(cut_before_newlines(text, 1)) > 150
     monkeypatch.setattr("llm_training.data.tokens.encoding._PIECE_CHARACTERS", 1)
@@ -144,9 +172,35 @@ def test_pieces_are_exact_for_each_known_pattern(
     backend.normalizer = normalizers.NFC()
     assert may_cut_before_newline(backend)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="!")
-    whole = encode(tokenizer, text)
+    whole = encode_alone(tokenizer, text)
     monkeypatch.setattr("llm_training.data.tokens.encoding._PIECE_CHARACTERS", 1)
     assert encode(tokenizer, text) == whole
+    monkeypatch.setattr("llm_training.data.tokens.encoding._PIECE_CHARACTERS", 200)
+    assert encode(tokenizer, *SHORT_TEXTS) == encode_alone(tokenizer, *SHORT_TEXTS)
+
+
+@pytest.mark.parametrize("kind", TRAINED_KINDS)
+def test_short_documents_are_joined_and_give_the_tokens_of_each_alone(
+    kind: TrainedKind, python_text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm_training.data.tokens.encoding._PIECE_CHARACTERS", 200)
+    monkeypatch.setattr("llm_training.data.tokens.encoding._BATCH_CHARACTERS", 500)
+    tokenizer = train_tokenizer(kind, [python_text, *SHORT_TEXTS], 900)
+    separators = "\0", "a\0\n", "\0 b\0"
+    texts = [*SHORT_TEXTS, *separators, *SHORT_TEXTS, python_text, *separators, *SHORT_TEXTS]
+    assert encode(tokenizer, *texts) == encode_alone(tokenizer, *texts)
+    encoder = TextEncoder(tokenizer)
+    pieces = list(encoder._pieces([part(text) for text in texts]))
+    assert max(len(piece.parts) for piece in pieces) > 5
+    assert [len(p.parts) for p in pieces if "\0" in p.text and p.text in separators] == [1] * 6
+
+
+def test_documents_are_kept_apart_where_a_tokenizer_is_not_known() -> None:
+    backend = bpe_with(pre_tokenizers.Metaspace(prepend_scheme="first"), list(SHORT_TEXTS))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="!")
+    assert encode(tokenizer, *SHORT_TEXTS) == encode_alone(tokenizer, *SHORT_TEXTS)
+    pieces = TextEncoder(tokenizer)._pieces([part("a"), part("b")])
+    assert [piece.text for piece in pieces] == ["a", "b"]
 
 
 def test_pieces_end_before_newlines_and_lose_nothing(python_text: str) -> None:
