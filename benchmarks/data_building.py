@@ -11,8 +11,9 @@ Each round runs, one after the other in fresh processes and with the same tokeni
 - `map`: `datasets` with `map(tokenize)` and `map(group_texts)`, as the examples of transformers do
   it; in one process, as ours, where the tokenizer uses all cores, and in one for each core
 
-These read JSON lines. `text` and `map_text` are `ours` and `map` on the same text in one text file:
-one document for us, a row for each line there, as the examples load text.
+These read JSON lines, a document a file. `short_raw`, `short` and `map_short` are the same on short
+documents: the paragraphs of these files. `text` and `map_text` are `ours` and `map` on the same
+text in one text file: one document for us, a row for each line there, as the examples load text.
 
 Rates are in megabytes of text a second. What is compared are the ratios within each round.
 """
@@ -37,10 +38,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
+
 VOCAB_SIZE = 8192
 BLOCK_SIZE = 1024
 BATCH_DOCUMENTS = 1000
 NUM_WINDOWS = 200
+CORPUS, SHORT_CORPUS, TEXT_FILE = "corpus.jsonl", "short.jsonl", "corpus.txt"
 
 
 def main() -> None:
@@ -88,7 +92,7 @@ def train_tokenizer(folder: Path) -> None:
 def write_corpus(folder: Path, megabytes: float) -> None:
     """The library's text, repeated as often as it takes, as JSON lines."""
     left = megabytes * 1e6
-    with (folder / "corpus.jsonl").open("w", encoding="utf-8") as file:
+    with (folder / CORPUS).open("w", encoding="utf-8") as file:
         for number, text in enumerate(cycle(library_texts())):
             if left <= 0:
                 break
@@ -97,17 +101,27 @@ def write_corpus(folder: Path, megabytes: float) -> None:
             left -= len(text.encode())
 
 
+def write_short(folder: Path) -> None:
+    """A fifth of the corpus, each paragraph a document."""
+    texts = read_texts(folder / CORPUS)
+    with (folder / SHORT_CORPUS).open("w", encoding="utf-8") as file:
+        for text in texts[: max(1, len(texts) // 5)]:
+            for paragraph in filter(str.strip, text.split("\n\n")):
+                file.write(json.dumps({"text": paragraph}) + "\n")
+
+
 def write_text(folder: Path) -> None:
     """All of the corpus as one text file."""
-    target = (folder / "corpus.txt").open("w", encoding="utf-8", newline="")
-    with (folder / "corpus.jsonl").open(encoding="utf-8") as lines, target:
+    target = (folder / TEXT_FILE).open("w", encoding="utf-8", newline="")
+    with (folder / CORPUS).open(encoding="utf-8") as lines, target:
         target.writelines(json.loads(line)["text"] for line in lines)
 
 
 def compare(folder: Path, rounds: int) -> None:
     """Prints the rates of each round and the ratios."""
     write_text(folder)
-    names = ("raw", "ours", "map", "map_processes", "text", "map_text")
+    write_short(folder)
+    names = [name for name in WORKERS if name != "reading"]
     rates: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
         found = {name: run_worker(name, folder) for name in rates}
@@ -116,6 +130,7 @@ def compare(folder: Path, rounds: int) -> None:
         shown = ", ".join(f"{name} {rates[name][-1]:.2f} MB/s" for name in rates)
         print(f"round {number + 1}: {shown}", flush=True)
     pairs = [("ours", "raw"), ("ours", "map"), ("ours", "map_processes"), ("text", "map_text")]
+    pairs += [("short", "short_raw"), ("short", "map_short")]
     for mine, other in pairs:
         ratios = sorted(a / b for a, b in zip(rates[mine], rates[other], strict=True))
         print(
@@ -131,16 +146,16 @@ def run_worker(name: str, folder: Path) -> dict[str, Any]:
     return dict(json.loads(ended.stdout.splitlines()[-1]))
 
 
-def read_texts(folder: Path) -> list[str]:
-    with (folder / "corpus.jsonl").open(encoding="utf-8") as file:
+def read_texts(corpus: Path) -> list[str]:
+    with corpus.open(encoding="utf-8") as file:
         return [json.loads(line)["text"] for line in file]
 
 
-def run_raw(folder: Path) -> dict[str, Any]:
+def run_raw(folder: Path, corpus: str = CORPUS) -> dict[str, Any]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
-    texts = read_texts(folder)
+    texts = read_texts(folder / corpus)
     tokenizer.encode_batch_fast(texts[:10])
     began = time.perf_counter()
     for start in range(0, len(texts), BATCH_DOCUMENTS):
@@ -149,16 +164,7 @@ def run_raw(folder: Path) -> dict[str, Any]:
     return {"seconds": seconds, "bytes": sum(len(text.encode()) for text in texts)}
 
 
-def run_ours(folder: Path) -> dict[str, Any]:
-    return build(folder, folder / "corpus.jsonl")
-
-
-def run_text(folder: Path) -> dict[str, Any]:
-    """As `run_ours`, where all of the text is one document in one file."""
-    return build(folder, folder / "corpus.txt")
-
-
-def build(folder: Path, corpus: Path) -> dict[str, Any]:
+def run_ours(folder: Path, corpus: str = CORPUS) -> dict[str, Any]:
     # Imported on first use; a run has it anyway.
     from transformers import AutoTokenizer  # noqa: F401
 
@@ -167,7 +173,9 @@ def build(folder: Path, corpus: Path) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as cache:
         arguments = Arguments(
-            train_file=[str(corpus)], tokenizer_name=str(folder / "tokenizer"), cache_dir=cache
+            train_file=[str(folder / corpus)],
+            tokenizer_name=str(folder / "tokenizer"),
+            cache_dir=cache,
         )
         began = time.perf_counter()
         data = prepare_source(arguments, say=lambda line: print(line, file=sys.stderr))
@@ -181,17 +189,7 @@ def build(folder: Path, corpus: Path) -> dict[str, Any]:
     }
 
 
-def run_map_processes(folder: Path) -> dict[str, Any]:
-    """As `run_map`, in one process for each core."""
-    return run_map(folder, processes=os.cpu_count())
-
-
-def run_map_text(folder: Path) -> dict[str, Any]:
-    """As `run_map`, on the text file, which `datasets` reads by lines."""
-    return run_map(folder, loader="text")
-
-
-def run_map(folder: Path, processes: int | None = None, loader: str = "json") -> dict[str, Any]:
+def run_map(folder: Path, corpus: str = CORPUS, processes: int | None = None) -> dict[str, Any]:
     import datasets
     from transformers import AutoTokenizer
 
@@ -213,15 +211,14 @@ def run_map(folder: Path, processes: int | None = None, loader: str = "json") ->
 
     with tempfile.TemporaryDirectory() as cache:
         began = time.perf_counter()
-        file = folder / ("corpus.txt" if loader == "text" else "corpus.jsonl")
-        words = {"keep_linebreaks": True} if loader == "text" else {}
+        kind, words = ("text", {"keep_linebreaks": True}) if corpus == TEXT_FILE else ("json", {})
         rows = datasets.load_dataset(
-            loader, data_files=str(file), split="train", cache_dir=cache, **words
+            kind, data_files=str(folder / corpus), split="train", cache_dir=cache, **words
         )
         tokens = rows.map(tokenize, batched=True, num_proc=processes, remove_columns=["text"])
         tokens.map(group_texts, batched=True, num_proc=processes)
         seconds = time.perf_counter() - began
-    return {"seconds": seconds, "bytes": sum(len(t.encode()) for t in read_texts(folder))}
+    return {"seconds": seconds, "bytes": sum(len(text.encode()) for text in rows["text"])}
 
 
 def measure_memory(folder: Path, megabytes: float) -> None:
@@ -259,7 +256,7 @@ def run_reading(folder: Path) -> dict[str, Any]:
     size, block_size = settings["per_device_train_batch_size"], settings["block_size"]
     with tempfile.TemporaryDirectory() as cache:
         arguments = Arguments(
-            train_file=[str(folder / "corpus.jsonl")],
+            train_file=[str(folder / CORPUS)],
             tokenizer_name=str(folder / "tokenizer"),
             cache_dir=cache,
         )
@@ -296,9 +293,12 @@ WORKERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "raw": run_raw,
     "ours": run_ours,
     "map": run_map,
-    "map_processes": run_map_processes,
-    "map_text": run_map_text,
-    "text": run_text,
+    "map_processes": partial(run_map, processes=os.cpu_count()),
+    "text": partial(run_ours, corpus=TEXT_FILE),
+    "map_text": partial(run_map, corpus=TEXT_FILE),
+    "short_raw": partial(run_raw, corpus=SHORT_CORPUS),
+    "short": partial(run_ours, corpus=SHORT_CORPUS),
+    "map_short": partial(run_map, corpus=SHORT_CORPUS),
     "reading": run_reading,
 }
 
