@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from arguments import Arguments, BatchSizes, describe, resolve_batch_sizes
+from arguments import Arguments, describe, resolve_batch_sizes
 from llm_training.argument_parsing import parse_arguments
 
 if __name__ == "__main__":
@@ -27,7 +27,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_training.checkpointing import (
     Checkpoint,
@@ -35,11 +35,11 @@ from llm_training.checkpointing import (
     CheckpointFolder,
     find_checkpoint,
 )
-from llm_training.data import DataError, PreparedData, prepare_data
+from llm_training.data import DataError
 from llm_training.data.rows.store_rows import Batch, Rows
 from llm_training.data.rows.streaming import StreamWindows
-from llm_training.data.rows.windows import TrainingWindows, train_rows, validation_rows
-from llm_training.document_mask import DocumentMaskError, check_document_mask
+from llm_training.data.rows.windows import TrainingWindows, train_rows
+from llm_training.document_mask import DocumentMaskError
 from llm_training.evaluation import evaluate
 from llm_training.export import ExportError, export_model
 from llm_training.generation import generate_sample
@@ -56,8 +56,6 @@ from llm_training.modeling import (
     ModelError,
     build_model,
     check_row_split,
-    fit_config,
-    load_config,
     model_fingerprint,
 )
 from llm_training.optim import build_optimizer, set_learning_rate
@@ -67,7 +65,6 @@ from llm_training.ranks import (
     RankError,
     agree_on_seed,
     backward_options,
-    data_parallel,
     explain_broken_exchange,
     find_shared_folder,
     gradient_factor,
@@ -75,7 +72,6 @@ from llm_training.ranks import (
     last_words,
     leave,
     limit_waiting,
-    local_main_first,
     split_positions,
     sum_over_data,
     sum_over_ranks,
@@ -89,8 +85,8 @@ from llm_training.reporting import (
     row_lines,
     summary_lines,
 )
+from llm_training.run_data import build_data, build_validation, build_windows, try_document_mask
 from llm_training.state import TrainState
-from llm_training.streams import TrainingStream, streamed_validation
 from llm_training.throughput import Throughput
 from llm_training.tracking import (
     Tracking,
@@ -281,84 +277,6 @@ def open_output(
     for line in passed_over:
         accelerator.print(line)
     return checkpoint
-
-
-def build_data(
-    arguments: Arguments, accelerator: Accelerator
-) -> tuple[PreparedData, PretrainedConfig, int]:
-    """The tokenized data, the model's configuration fitted to it, and the tokens in a row."""
-
-    def prepare() -> PreparedData:
-        source = arguments.model_name_or_path
-        return prepare_data(arguments, tokenizer_source=source, say=accelerator.print)
-
-    data = local_main_first(accelerator, prepare)
-    config = load_config(arguments, data.tokenizer)
-    block_size = fit_config(config, arguments, data.vocab_size, arguments.block_size)
-    return data, config, block_size
-
-
-def build_validation(
-    arguments: Arguments,
-    accelerator: Accelerator,
-    data: PreparedData,
-    block_size: int,
-    batch: BatchSizes,
-) -> Rows | None:
-    """The rows that the model is judged on, where it is."""
-    if arguments.eval_steps is None and not arguments.eval_only:
-        return None
-    rows = validation_rows(data, arguments, block_size)
-    if rows is None and arguments.streaming:
-        num_rows = (arguments.eval_max_batches or 1) * batch.global_batch
-        rows = streamed_validation(arguments, accelerator, data, block_size, num_rows)
-    return rows
-
-
-def build_windows(
-    arguments: Arguments,
-    accelerator: Accelerator,
-    data: PreparedData,
-    plan: Plan,
-    state: TrainState,
-) -> tuple[TrainingWindows | StreamWindows, str]:
-    """This rank's share of every step, and what marks the data that it is of."""
-    if plan.rows is None:
-        stream = TrainingStream(
-            arguments, accelerator, data, plan.block_size, seed=state.seed, state=state
-        )
-        return stream.windows(plan.batch, plan.num_samples), stream.fingerprint[:12]
-    rank, num_ranks = data_parallel(accelerator)
-    windows = TrainingWindows(
-        rows=plan.rows,
-        seed=state.seed,
-        num_samples=plan.num_samples,
-        micro_batch_size=plan.batch.per_device,
-        num_micro_batches=plan.batch.accumulation,
-        rank=rank,
-        num_ranks=num_ranks,
-    )
-    return windows, " ".join([data.fingerprint[:12], *plan.rows.marks])
-
-
-def try_document_mask(
-    accelerator: Accelerator,
-    model: nn.Module,
-    network: CausalLMWithLoss,
-    windows: TrainingWindows | StreamWindows,
-    plan: Plan,
-) -> None:
-    """Makes sure that documents do not see each other, where they must not."""
-    if not windows.document_mask:
-        return
-    check_document_mask(
-        accelerator,
-        model,
-        batch_size=plan.batch.per_device,
-        block_size=plan.block_size,
-        vocab_size=network.config.vocab_size,
-        kernel=network.config._attn_implementation,
-    )
 
 
 def run_identity(

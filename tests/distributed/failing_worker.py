@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 
 import train_llm
-from llm_training import ranks
+from llm_training import ranks, run_data
 from llm_training.argument_parsing import parse_arguments
 from llm_training.data import DataError
 
 FAULT, STEP, RANK = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 IS_FAULTY = os.environ["RANK"] == RANK
-step_as_it_is, prepare_as_it_is = train_llm.optimizer_step, train_llm.prepare_data
+step_as_it_is, prepare_as_it_is = train_llm.optimizer_step, run_data.prepare_data
 
 
 def faulty_step(run, *args):
@@ -51,5 +51,5 @@ def other_folder(accelerator, folder):
 if FAULT == "other_folder":
     shared_as_it_is, train_llm.find_shared_folder = train_llm.find_shared_folder, other_folder
 train_llm.optimizer_step = faulty_step
-train_llm.prepare_data = slow_data
+run_data.prepare_data = slow_data
 ranks.leave(train_llm.main(parse_arguments(sys.argv[4:])))

@@ -1,0 +1,97 @@
+"""The data of a run: prepared, and handed out step by step to this rank."""
+
+from __future__ import annotations
+
+from accelerate import Accelerator
+from torch import nn
+from transformers import PretrainedConfig
+
+from arguments import Arguments, BatchSizes
+from llm_training.data import PreparedData, prepare_data
+from llm_training.data.rows.store_rows import Rows
+from llm_training.data.rows.streaming import StreamWindows
+from llm_training.data.rows.windows import TrainingWindows, validation_rows
+from llm_training.document_mask import check_document_mask
+from llm_training.modeling import CausalLMWithLoss, fit_config, load_config
+from llm_training.planning import Plan
+from llm_training.ranks import data_parallel, local_main_first
+from llm_training.state import TrainState
+from llm_training.streams import TrainingStream, streamed_validation
+
+
+def build_data(
+    arguments: Arguments, accelerator: Accelerator
+) -> tuple[PreparedData, PretrainedConfig, int]:
+    """The tokenized data, the model's configuration fitted to it, and the tokens in a row."""
+
+    def prepare() -> PreparedData:
+        source = arguments.model_name_or_path
+        return prepare_data(arguments, tokenizer_source=source, say=accelerator.print)
+
+    data = local_main_first(accelerator, prepare)
+    config = load_config(arguments, data.tokenizer)
+    block_size = fit_config(config, arguments, data.vocab_size, arguments.block_size)
+    return data, config, block_size
+
+
+def build_validation(
+    arguments: Arguments,
+    accelerator: Accelerator,
+    data: PreparedData,
+    block_size: int,
+    batch: BatchSizes,
+) -> Rows | None:
+    """The rows that the model is judged on, where it is."""
+    if arguments.eval_steps is None and not arguments.eval_only:
+        return None
+    rows = validation_rows(data, arguments, block_size)
+    if rows is None and arguments.streaming:
+        num_rows = (arguments.eval_max_batches or 1) * batch.global_batch
+        rows = streamed_validation(arguments, accelerator, data, block_size, num_rows)
+    return rows
+
+
+def build_windows(
+    arguments: Arguments,
+    accelerator: Accelerator,
+    data: PreparedData,
+    plan: Plan,
+    state: TrainState,
+) -> tuple[TrainingWindows | StreamWindows, str]:
+    """This rank's share of every step, and what marks the data that it is of."""
+    if plan.rows is None:
+        stream = TrainingStream(
+            arguments, accelerator, data, plan.block_size, seed=state.seed, state=state
+        )
+        return stream.windows(plan.batch, plan.num_samples), stream.fingerprint[:12]
+    rank, num_ranks = data_parallel(accelerator)
+    windows = TrainingWindows(
+        rows=plan.rows,
+        seed=state.seed,
+        num_samples=plan.num_samples,
+        micro_batch_size=plan.batch.per_device,
+        num_micro_batches=plan.batch.accumulation,
+        rank=rank,
+        num_ranks=num_ranks,
+    )
+    return windows, " ".join([data.fingerprint[:12], *plan.rows.marks])
+
+
+def try_document_mask(
+    accelerator: Accelerator,
+    model: nn.Module,
+    network: CausalLMWithLoss,
+    windows: TrainingWindows | StreamWindows,
+    plan: Plan,
+) -> None:
+    """Makes sure that documents do not see each other, where they must not."""
+    if not windows.document_mask:
+        return
+    check_document_mask(
+        accelerator,
+        model,
+        batch_size=plan.batch.per_device,
+        block_size=plan.block_size,
+        vocab_size=network.config.vocab_size,
+        kernel=network.config._attn_implementation,
+    )
