@@ -264,6 +264,44 @@ class CheckpointArguments:
         " global_batch_size, seed. The curve is then another one.",
         choices=("data", "block_size", "global_batch_size", "seed"),
     )
+    on_save_error: Literal["stop", "continue"] = arg(
+        "stop",
+        "What follows a checkpoint that cannot be written, on a full disk for example; those before"
+        " it stay. continue: a warning, and the next try when it is due.",
+    )
+    save_before_timeout: float | None = arg(
+        None,
+        "Minutes after its start when the run saves a checkpoint and ends, to be chosen a little"
+        " below the time limit of a job; null: no limit.",
+    )
+
+
+@dataclass
+class HealthArguments:
+    """What happens when a step goes wrong."""
+
+    _argument_group_name = "health"
+
+    max_skipped_steps: int = arg(
+        10,
+        "Steps in a row that may be left out before the run ends. Left out is a step whose loss or"
+        " gradient norm is not finite, or a spike; it changes no weight.",
+    )
+    skip_spikes: float | None = arg(
+        None,
+        "Leave a step out whose loss or gradient norm is more than so many robust standard"
+        " deviations above the last 128 (try 10); null: never.",
+    )
+    max_rewinds: int = arg(
+        0,
+        "How often the run may, in place of ending, go back to its newest checkpoint and pass over"
+        " the samples between it and the last step left out.",
+    )
+    replica_check_steps: int | None = arg(
+        1000,
+        "Every so many steps, make sure that processes which hold the same weights hold the same"
+        " bits, and end the run where they do not; null: never.",
+    )
 
 
 @dataclass
@@ -343,6 +381,11 @@ class RunArguments:
     ddp_timeout: int = arg(
         1800, "Seconds that a process waits for the others in one exchange before the run ends."
     )
+    verify_resume: int | None = arg(
+        None,
+        "Prove that this run continues bit for bit on this machine: train twice so many steps with"
+        " kills and without, compare everything, and stop; null: train.",
+    )
 
 
 @dataclass
@@ -350,6 +393,7 @@ class Arguments(
     RunArguments,
     LoggingArguments,
     EvaluationArguments,
+    HealthArguments,
     CheckpointArguments,
     PrecisionArguments,
     OptimizationArguments,
@@ -365,6 +409,7 @@ GROUPS: Sequence[Any] = (
     OptimizationArguments,
     PrecisionArguments,
     CheckpointArguments,
+    HealthArguments,
     EvaluationArguments,
     LoggingArguments,
     RunArguments,

@@ -25,12 +25,16 @@ from llm_training.launch_settings import LaunchSettings
 
 # What a value must be, its test, and the arguments it holds for; null passes where it is allowed.
 RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-    ("more than 0", lambda x: x > 0, "learning_rate adam_epsilon max_grad_norm num_train_epochs"),
+    (
+        "more than 0",
+        lambda x: x > 0,
+        "learning_rate adam_epsilon max_grad_norm num_train_epochs save_before_timeout skip_spikes",
+    ),
     (
         "0 or more",
         lambda x: x >= 0,
         "weight_decay warmup_steps early_stopping_min_delta sample_temperature"
-        " min_document_characters bpe_min_frequency",
+        " min_document_characters bpe_min_frequency max_skipped_steps max_rewinds",
     ),
     (
         "1 or more",
@@ -38,7 +42,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "max_steps lr_decay_steps save_steps save_total_limit logging_steps num_threads"
         " per_device_train_batch_size gradient_accumulation_steps global_batch_size"
         " eval_steps eval_max_batches per_device_eval_batch_size early_stopping_patience"
-        " sample_max_new_tokens ddp_timeout shuffle_buffer_size",
+        " sample_max_new_tokens ddp_timeout shuffle_buffer_size replica_check_steps verify_resume",
     ),
     ("2 or more", lambda x: x >= 2, "block_size"),
     ("257 or more, for 256 bytes and a special token", lambda x: x >= 257, "vocab_size"),
@@ -71,6 +75,7 @@ def find_problems(arguments: Arguments, launch: LaunchSettings) -> list[str]:
         *_folder_problems(arguments),
         *batch_problems(arguments, launch.data_parallel_size),
         *_schedule_problems(arguments),
+        *_health_problems(arguments),
         *_evaluation_problems(arguments),
         *_machine_problems(arguments),
         *launch_problems(arguments, launch),
@@ -248,6 +253,17 @@ def _schedule_problems(arguments: Arguments) -> Iterator[str]:
     elif decay and warmup + decay > total:
         steps = f"warmup_steps={warmup} + lr_decay_steps={decay} = {warmup + decay}"
         yield f"{steps} is more than max_steps={total}: lower one or raise max_steps"
+
+
+def _health_problems(arguments: Arguments) -> Iterator[str]:
+    if arguments.max_rewinds and arguments.streaming:
+        yield (
+            f"max_rewinds={arguments.max_rewinds} with streaming=true: a stream cannot go back;"
+            " set max_rewinds to 0, or leave streaming out"
+        )
+    if arguments.max_rewinds and arguments.save_steps is None:
+        wish = f"max_rewinds={arguments.max_rewinds}"
+        yield f"{wish} needs a checkpoint to go back to, but save_steps is null: set save_steps"
 
 
 def _evaluation_problems(arguments: Arguments) -> Iterator[str]:

@@ -279,6 +279,15 @@ BAD_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
         {"lr_decay_steps": 11, "max_steps": 10, "lr_scheduler_type": "warmup-stable-decay"},
         ["lr_decay_steps=11", "more than max_steps=10"],
     ),
+    # health
+    ({"max_skipped_steps": -1}, ["max_skipped_steps=-1", "0 or more"]),
+    ({"skip_spikes": 0}, ["skip_spikes=0.0", "more than 0, or null"]),
+    (
+        {"max_rewinds": 1, "save_steps": None},
+        ["max_rewinds=1 needs a checkpoint", "set save_steps"],
+    ),
+    ({"save_before_timeout": 0}, ["save_before_timeout=0.0", "more than 0, or null"]),
+    ({"verify_resume": 0}, ["verify_resume=0", "1 or more, or null"]),
     # evaluation
     ({"save_best": True, "eval_steps": None}, ["save_best=true", "set eval_steps"]),
     (
