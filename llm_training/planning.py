@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from arguments import BatchSizes, OptimizationArguments
 from llm_training.data.rows.mixture import MixtureRows
@@ -41,6 +41,23 @@ class Plan:
     def epoch(self, samples: int) -> float | None:
         """Passes over the data after so many samples; None for a stream."""
         return samples / self.rows.num_rows if self.rows else None
+
+    def decay_now(self, step: int, samples: int) -> Plan:
+        """The same with the final decay begun at `step`, where it would begin later.
+
+        Args:
+            samples: rows consumed by then.
+        """
+        schedule = self.schedule.decay_now(step)
+        if schedule is self.schedule:
+            return self
+        num_samples = samples + (schedule.total_steps - step) * self.batch.global_batch
+        return replace(
+            self,
+            schedule=schedule,
+            total_steps=schedule.total_steps,
+            num_samples=min(num_samples, self.num_samples),
+        )
 
     def lines(self) -> list[str]:
         """The plan for a person, before the run begins."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,26 @@ class LearningRateSchedule:
         kept = 0.5 * (1 + math.cos(math.pi * done)) if self.kind == "cosine" else 1 - done
         return self.peak * (self.min_ratio + (1 - self.min_ratio) * kept)
 
+    @property
+    def decay_length(self) -> int:
+        """Steps that the decay takes."""
+        if self.kind == "warmup-stable-decay":
+            return self.decay_steps or max(1, self.total_steps // 5)
+        return self.decay_steps or max(1, self.total_steps - self.warmup_steps)
+
+    def decay_now(self, step: int) -> LearningRateSchedule:
+        """The same with the decay of warmup-stable-decay begun at `step`, and ended so much sooner.
+
+        It is the same object for other shapes, and where that decay begins no later anyway.
+        """
+        length = self.decay_length
+        if self.kind != "warmup-stable-decay" or step + length >= self.total_steps:
+            return self
+        return replace(self, decay_steps=length, total_steps=step + length)
+
     def _decay_progress(self, step: int) -> float:
         """Share of the decay that lies behind `step`, 0 to 1."""
-        if self.kind == "warmup-stable-decay":
-            length = self.decay_steps or max(1, self.total_steps // 5)
-            start = self.total_steps - length
-        else:
-            length = self.decay_steps or max(1, self.total_steps - self.warmup_steps)
-            start = self.warmup_steps
+        length = self.decay_length
+        is_last = self.kind == "warmup-stable-decay"
+        start = self.total_steps - length if is_last else self.warmup_steps
         return min(1.0, max(0.0, (step - start) / length))

@@ -65,3 +65,17 @@ def test_less_than_one_row_is_refused() -> None:
 def test_a_warmup_without_an_end_is_refused() -> None:
     with pytest.raises(PlanError, match="--warmup_steps 13 leaves nothing of the 13 steps"):
         plan(warmup_steps=13)
+
+
+def test_the_decay_can_begin_at_once() -> None:
+    settings = {"lr_scheduler_type": "warmup-stable-decay", "max_steps": 20, "lr_decay_steps": 4}
+    planned = plan(num_tokens=10_000, **settings)
+    early = planned.decay_now(9, samples=9 * 8)
+    assert (early.total_steps, early.num_samples) == (13, 13 * 8)
+    ends = [planned.schedule.at(step) for step in range(16, 20)]
+    assert [early.schedule.at(step) for step in range(9, 13)] == ends
+    assert early.schedule.at(8) == planned.schedule.at(8)
+    assert early.decay_now(10, samples=80) is early  # it has begun
+    assert planned.decay_now(16, samples=16 * 8) is planned
+    cosine = plan(num_tokens=10_000, max_steps=20)
+    assert cosine.decay_now(9, samples=72) is cosine
