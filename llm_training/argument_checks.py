@@ -53,6 +53,13 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 )
 
 
+URL_LOGIN = re.compile(r"\w://[^/\s@]+:[^/\s@]+@")
+# As Hugging Face, GitHub, GitLab, AWS, OpenAI, Slack and Databricks make them.
+SECRET = re.compile(
+    r"\b(hf_[A-Za-z0-9]{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{15,}"
+    r"|A(KI|SI)A[0-9A-Z]{16}|sk-(proj-)?[A-Za-z0-9]{32,}|xox[abp]-[\w-]{10,}|dapi[0-9a-f]{32})\b"
+)
+
 DEFAULTS = describe(Arguments())
 _DATASET_ARGUMENTS = (
     *("dataset_config_name", "dataset_split", "dataset_validation_split", "dataset_revision"),
@@ -77,6 +84,7 @@ def find_problems(arguments: Arguments, launch: LaunchSettings) -> list[str]:
         *_schedule_problems(arguments),
         *_health_problems(arguments),
         *_evaluation_problems(arguments),
+        *_secret_problems(arguments),
         *_machine_problems(arguments),
         *launch_problems(arguments, launch),
     )
@@ -279,6 +287,23 @@ def _evaluation_problems(arguments: Arguments) -> Iterator[str]:
             yield f"{wish} needs validation data: {advice}"
         if value and arguments.eval_steps is None and name != "eval_only":
             yield f"{wish} needs evaluations, but eval_steps is null: set eval_steps"
+
+
+def _secret_problems(arguments: Arguments) -> Iterator[str]:
+    """Arguments stand in the list of processes, in shells' histories and in every checkpoint."""
+    for name, value in describe(arguments).items():
+        text = json.dumps(value, ensure_ascii=False)
+        if URL_LOGIN.search(text):
+            yield (
+                f"{name} holds a login in a URL, which everyone on this machine could read: leave"
+                " it out, and give it in the environment, to MLflow as MLFLOW_TRACKING_USERNAME and"
+                " MLFLOW_TRACKING_PASSWORD"
+            )
+        if SECRET.search(text):
+            yield (
+                f"{name} holds what looks like a key or token, which everyone on this machine could"
+                " read: leave it out, and give it in the environment, such as HF_TOKEN"
+            )
 
 
 def _machine_problems(arguments: Arguments) -> Iterator[str]:

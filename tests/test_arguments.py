@@ -300,6 +300,15 @@ BAD_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"save_best": True, "validation_split_percentage": 0}, ["save_best", "validation data"]),
     ({"eval_only": True, "validation_split_percentage": 0}, ["eval_only", "validation data"]),
+    # secrets
+    (
+        {"tracking_uri": "https://me:pw@host/x"},
+        ["tracking_uri holds a login", "MLFLOW_TRACKING_PASSWORD"],
+    ),
+    (
+        {"config_overrides": {"a": ["hf_" + "aB3" * 10]}},
+        ["config_overrides holds what looks like a key or token", "HF_TOKEN"],
+    ),
     # the machine
     ({"mixed_precision": "fp16", "device": "cpu"}, ["fp16", "device=cpu", "bf16, fp32 or auto"]),
     ({"report_to": ["none", "mlflow"]}, ["report_to", "none alone"]),
@@ -336,6 +345,14 @@ BAD_FLAGS: list[tuple[str, list[str]]] = [
     ('--config_overrides {"a":1,"a":2}', ["config_overrides", "a stands twice"]),
     ("--report_to none mlflow", ["report_to", "none alone"]),
 ]
+
+
+@pytest.mark.parametrize("secret", ["hf_" + "aB3" * 10, "ghp_" + "x1Y" * 12, "a://me:hunter2@b"])
+def test_a_secret_is_refused_and_not_repeated(secret: str) -> None:
+    problem = the_problem_of(write_good(experiment_name=f"try {secret}"))
+    assert "experiment_name holds" in problem
+    assert secret not in problem
+    read_arguments([write_good(experiment_name="sk-learn hf_models at a://b:80/c@d")])
 
 
 @pytest.mark.parametrize(("changes", "phrases"), BAD_SETTINGS + BAD_DATA, ids=name_of)
