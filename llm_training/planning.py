@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from arguments import BatchSizes, OptimizationArguments
 from llm_training.data.rows.mixture import MixtureRows
@@ -42,23 +42,6 @@ class Plan:
         """Passes over the data after so many samples; None for a stream."""
         return samples / self.rows.num_rows if self.rows else None
 
-    def decay_now(self, step: int, samples: int) -> Plan:
-        """The same with the final decay begun at `step`, where it would begin later.
-
-        Args:
-            samples: rows consumed by then.
-        """
-        schedule = self.schedule.decay_now(step)
-        if schedule is self.schedule:
-            return self
-        num_samples = samples + (schedule.total_steps - step) * self.batch.global_batch
-        return replace(
-            self,
-            schedule=schedule,
-            total_steps=schedule.total_steps,
-            num_samples=min(num_samples, self.num_samples),
-        )
-
     def lines(self) -> list[str]:
         """The plan for a person, before the run begins."""
         batch = self.batch
@@ -86,6 +69,7 @@ def make_plan(
     *,
     done_steps: int = 0,
     done_samples: int = 0,
+    decay_from: int | None = None,
 ) -> Plan:
     """Lays the run out.
 
@@ -95,7 +79,9 @@ def make_plan(
     Args:
         rows: of one epoch; None for a stream.
         done_steps, done_samples: where a resumed run stands; its steps may have been of another
-            size.
+            size, and samples passed over.
+        decay_from: step at which the decay of warmup-stable-decay begins, if that is sooner than
+            by the settings; the run ends with it.
 
     Raises:
         PlanError: no row, or a schedule that does not fit into the steps.
@@ -128,6 +114,11 @@ def make_plan(
         total_steps=total_steps,
         min_ratio=arguments.min_lr_ratio,
     )
+    if decay_from is not None:
+        schedule = schedule.decay_now(decay_from)
+        total_steps = schedule.total_steps
+        left = (total_steps - done_steps) * batch.global_batch
+        num_samples = min(num_samples, done_samples + left)
     return Plan(
         batch=batch,
         block_size=block_size,

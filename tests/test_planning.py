@@ -12,9 +12,18 @@ from llm_training.planning import Plan, PlanError, make_plan
 BATCH = BatchSizes(per_device=2, accumulation=2, processes=2, global_batch=8)
 
 
-def plan(num_tokens: int = 403, **settings: object) -> Plan:
+def plan(
+    num_tokens: int = 403,
+    *,
+    done_steps: int = 0,
+    done_samples: int = 0,
+    decay_from: int | None = None,
+    **settings: object,
+) -> Plan:
     rows = StreamRows(TokenArray(np.zeros(num_tokens, np.uint16)), 4)
-    return make_plan(OptimizationArguments(**settings), BATCH, rows, 4)  # type: ignore[arg-type]
+    arguments = OptimizationArguments(**settings)  # type: ignore[arg-type]
+    where = {"done_steps": done_steps, "done_samples": done_samples, "decay_from": decay_from}
+    return make_plan(arguments, BATCH, rows, 4, **where)
 
 
 @pytest.mark.parametrize(
@@ -69,13 +78,15 @@ def test_a_warmup_without_an_end_is_refused() -> None:
 
 def test_the_decay_can_begin_at_once() -> None:
     settings = {"lr_scheduler_type": "warmup-stable-decay", "max_steps": 20, "lr_decay_steps": 4}
-    planned = plan(num_tokens=10_000, **settings)
-    early = planned.decay_now(9, samples=9 * 8)
+    planned, early = plan(10_000, **settings), plan(10_000, **settings, decay_from=9)
     assert (early.total_steps, early.num_samples) == (13, 13 * 8)
     ends = [planned.schedule.at(step) for step in range(16, 20)]
     assert [early.schedule.at(step) for step in range(9, 13)] == ends
     assert early.schedule.at(8) == planned.schedule.at(8)
-    assert early.decay_now(10, samples=80) is early  # it has begun
-    assert planned.decay_now(16, samples=16 * 8) is planned
-    cosine = plan(num_tokens=10_000, max_steps=20)
-    assert cosine.decay_now(9, samples=72) is cosine
+    done = {"done_steps": 10, "done_samples": 96}  # 16 samples were passed over
+    later = plan(10_000, **settings, **done, decay_from=9)
+    assert (later.schedule, later.num_samples) == (early.schedule, 96 + 3 * 8)
+    late = plan(10_000, **settings, decay_from=16)  # by then it begins anyway
+    assert (late.schedule, late.num_samples) == (planned.schedule, planned.num_samples)
+    cosine = plan(10_000, max_steps=20, decay_from=9)
+    assert (cosine.total_steps, cosine.num_samples) == (20, 20 * 8)

@@ -119,6 +119,12 @@ class StreamWindows:
         hashes = [_hash([array[row] for array in arrays]) for row in range(count)]
         return np.array(hashes, np.int64)
 
+    def run_until(self, num_samples: int) -> None:
+        """Moves the end of the run, when samples were passed over and others take their place."""
+        self.num_samples = num_samples
+        if self._blocks:
+            self._blocks.run_until(num_samples)
+
     def state(self, position: int) -> dict[str, Any] | None:
         """What a checkpoint at `position` must keep: plain values, for `BlockReader`.
 
@@ -178,6 +184,13 @@ class _Blocks:
             parts.append(block.rows.batch(rows))
             at = stop
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def run_until(self, num_samples: int) -> None:
+        """Moves the end of the run; reads on where the last block was taken for the end."""
+        is_read = bool(self._blocks) and self._blocks[-1].end.position >= self._num_samples
+        self._num_samples = num_samples
+        if is_read and self._blocks[-1].end.position < num_samples:
+            self._read_ahead()
 
     def _forget(self, position: int) -> None:
         """Drops what lies before `position`."""

@@ -142,7 +142,7 @@ def _settings_of(
     }
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainingWindows:
     """The micro-batches of one rank for the step that begins at a given position.
 
@@ -184,6 +184,10 @@ class TrainingWindows:
         rows = self.rows.at(positions, self.seed)
         rows[positions >= self.num_samples] = NO_ROW
         return rows
+
+    def run_until(self, num_samples: int) -> None:
+        """Moves the end of the run, when samples were passed over and others take their place."""
+        self.num_samples = num_samples
 
     def state(self, position: int) -> dict[str, Any] | None:
         """What a checkpoint must keep of the data beside the position: nothing."""
