@@ -1,5 +1,7 @@
 """The plan says before step 0 how long the run is, or why it cannot be."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -18,11 +20,15 @@ def plan(
     done_steps: int = 0,
     done_samples: int = 0,
     decay_from: int | None = None,
-    **settings: object,
+    **settings: Any,
 ) -> Plan:
     rows = StreamRows(TokenArray(np.zeros(num_tokens, np.uint16)), 4)
-    arguments = OptimizationArguments(**settings)  # type: ignore[arg-type]
-    where = {"done_steps": done_steps, "done_samples": done_samples, "decay_from": decay_from}
+    arguments = OptimizationArguments(**settings)
+    where: dict[str, Any] = {
+        "done_steps": done_steps,
+        "done_samples": done_samples,
+        "decay_from": decay_from,
+    }
     return make_plan(arguments, BATCH, rows, 4, **where)
 
 
@@ -36,7 +42,7 @@ def plan(
         ({"max_steps": 5, "num_train_epochs": 9.0}, 5, 40),
     ],
 )
-def test_length(settings: dict[str, object], steps: int, samples: int) -> None:
+def test_length(settings: dict[str, Any], steps: int, samples: int) -> None:
     made = plan(**settings)
     assert (made.total_steps, made.num_samples) == (steps, samples)
     assert made.schedule.total_steps == steps
@@ -77,7 +83,8 @@ def test_a_warmup_without_an_end_is_refused() -> None:
 
 
 def test_the_decay_can_begin_at_once() -> None:
-    settings = {"lr_scheduler_type": "warmup-stable-decay", "max_steps": 20, "lr_decay_steps": 4}
+    shape = "warmup-stable-decay"
+    settings: dict[str, Any] = {"lr_scheduler_type": shape, "max_steps": 20, "lr_decay_steps": 4}
     planned, early = plan(10_000, **settings), plan(10_000, **settings, decay_from=9)
     assert (early.total_steps, early.num_samples) == (13, 13 * 8)
     ends = [planned.schedule.at(step) for step in range(16, 20)]
