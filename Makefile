@@ -15,7 +15,7 @@ FOR_TESTS := $(VENV)/requirements-dev.installed
 export PYTHONPATH := $(CURDIR)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check format bench equivalence docs review clean
+.PHONY: help quickstart test check format bench equivalence chaos docs review clean
 
 help:  ## List these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
@@ -43,6 +43,9 @@ bench: $(FOR_RUNS)  ## Measure what the README claims
 
 equivalence: $(FOR_RUNS)  ## Train under every backend, print how far the curves differ (4 minutes)
 	@$(VENV_PYTHON) benchmarks/equivalence.py
+
+chaos: $(FOR_TESTS)  ## Kill small runs 200 times, compare them with ones never killed (10 minutes)
+	@$(VENV_PYTHON) -m tests.distributed.chaos --kills 200
 
 docs: $(FOR_RUNS)  ## Rewrite the README's table of arguments
 	@$(VENV_PYTHON) docs/make_argument_table.py

@@ -8,93 +8,71 @@ from __future__ import annotations
 
 import sys
 
-from arguments import Arguments, describe, resolve_batch_sizes
+from arguments import Arguments
 from llm_training.argument_parsing import parse_arguments
+from llm_training.stopping import end_with_launcher
 
 if __name__ == "__main__":
+    end_with_launcher()
     # Help and every mistake in the settings are answered before the slow imports below.
     ARGUMENTS = parse_arguments(sys.argv[1:])
+    if ARGUMENTS.verify_resume is not None:
+        from llm_training.verify_resume import verify_resume
 
+        sys.exit(verify_resume(ARGUMENTS, sys.argv[1:]))
+
+import dataclasses
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from accelerate.utils import DistributedType
+from transformers import PreTrainedModel
 
-from llm_training.checkpointing import (
-    Checkpoint,
-    CheckpointError,
-    CheckpointFolder,
-    find_checkpoint,
-)
+from llm_training.checkpointing import CheckpointError, SaveError
 from llm_training.data import DataError
-from llm_training.data.rows.store_rows import Batch, Rows
-from llm_training.data.rows.streaming import StreamWindows
-from llm_training.data.rows.windows import TrainingWindows, train_rows
+from llm_training.data.rows.store_rows import Batch
 from llm_training.document_mask import DocumentMaskError
+from llm_training.evaluate_only import evaluate_only
 from llm_training.evaluation import evaluate
 from llm_training.export import ExportError, export_model
 from llm_training.generation import generate_sample
-from llm_training.health import NonFiniteError, require_finite
-from llm_training.launch import (
-    LaunchError,
-    build_accelerator,
-    seed_everything,
-)
-from llm_training.launch_settings import read_launch_settings
+from llm_training.health import Kind, UnhealthyError, Verdict
+from llm_training.launch import LaunchError, seed_everything
 from llm_training.losses import count_predicted_tokens
-from llm_training.modeling import (
-    CausalLMWithLoss,
-    ModelError,
-    build_model,
-    check_row_split,
-    model_fingerprint,
-)
-from llm_training.optim import build_optimizer, set_learning_rate
+from llm_training.mishaps import leave_out, pass_over
+from llm_training.modeling import ModelError
+from llm_training.optim import set_learning_rate
 from llm_training.outputs import OutputError, OutputFolder
-from llm_training.planning import Plan, PlanError, make_plan
+from llm_training.planning import PlanError
 from llm_training.ranks import (
     RankError,
-    agree_on_seed,
-    backward_options,
     explain_broken_exchange,
-    find_shared_folder,
     gradient_factor,
     is_first_to_say,
-    last_words,
     leave,
-    limit_waiting,
     split_positions,
     sum_over_data,
     sum_over_ranks,
     tensor_parallel_size,
 )
-from llm_training.reporting import (
-    full_ledger,
-    model_line,
-    provenance,
-    resume_lines,
-    row_lines,
-    summary_lines,
+from llm_training.replicas import ReplicaError, has_replicas, require_equal_replicas
+from llm_training.reporting import summary_lines
+from llm_training.run import Run, StepResult, build_run, make_plan_anew
+from llm_training.stopping import (
+    GRACE_SECONDS,
+    START_GRACE_SECONDS,
+    Decision,
+    Stopped,
+    StopRequest,
+    decide,
 )
-from llm_training.run_data import build_data, build_validation, build_windows, try_document_mask
-from llm_training.state import TrainState
-from llm_training.throughput import Throughput
-from llm_training.tracking import (
-    Tracking,
-    TrackingError,
-    evaluation_line,
-    progress_line,
-    redact,
-)
+from llm_training.tracking import TrackingError, evaluation_line, progress_line
+from llm_training.updates import backward, drop_gradients, finish_step, norms_by_layer
 
 # What a user can cause and mend: told in one paragraph, without a traceback.
 EXPECTED_ERRORS = (
@@ -104,56 +82,50 @@ EXPECTED_ERRORS = (
     ExportError,
     LaunchError,
     ModelError,
-    NonFiniteError,
     OutputError,
     PlanError,
     RankError,
+    ReplicaError,
     TrackingError,
+    UnhealthyError,
 )
 
-
-@dataclass
-class Run:
-    """The parts of a run, built once and handed to the loop.
-
-    `model` is what Accelerate has prepared, `network` the Hugging Face model at its core.
-    """
-
-    arguments: Arguments
-    accelerator: Accelerator
-    plan: Plan
-    model: nn.Module
-    network: PreTrainedModel
-    optimizer: AcceleratedOptimizer
-    tokenizer: PreTrainedTokenizerBase | None
-    windows: TrainingWindows | StreamWindows
-    ledger: dict[str, Any]
-    validation: Rows | None
-    checkpoints: CheckpointFolder
-    checkpoint: Checkpoint | None
-    state: TrainState
-    tracking: Tracking
-    output: OutputFolder
-    facts: dict[str, Any]
-    meter: Throughput
+NOTHING_ASKED = Decision(None, frozenset())
+EMPTY = Verdict(Kind.EMPTY, "no token to predict")
+# One process can then let the model speak without the others.
+WHOLE_MODEL_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 def main(arguments: Arguments) -> int:
     """Runs what the arguments say; returns the exit code."""
-    with last_words():
-        return run_and_tell(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # where a locale has no such character
+            stream.reconfigure(errors="backslashreplace")
+    minutes = arguments.save_before_timeout
+    # Alone, a process waits for no other: what it saves may take its time.
+    grace = START_GRACE_SECONDS if os.environ.get("WORLD_SIZE", "1") != "1" else None
+    deadline = None if minutes is None else 60 * minutes
+    with StopRequest(deadline_seconds=deadline, grace_seconds=grace) as request:
+        return run_and_tell(arguments, request)
 
 
-def run_and_tell(arguments: Arguments) -> int:
+def run_and_tell(arguments: Arguments, request: StopRequest) -> int:
     """Runs what the arguments say, and tells in one paragraph what a user can mend."""
     try:
         if arguments.eval_only:
-            evaluate_only(arguments)
+            evaluate_only(arguments, request)
         else:
-            run_training(arguments)
+            run_training(arguments, request)
+    except Stopped as stopped:
+        if is_first_to_say(str(stopped)):
+            print(f"train_llm.py: {stopped}", file=sys.stderr, flush=True)
+        return stopped.exit_code
     except EXPECTED_ERRORS as error:
         if is_first_to_say(str(error)):
             print(f"train_llm.py: {error}", file=sys.stderr, flush=True)
+        return 1
+    except torch.OutOfMemoryError as error:
+        print(f"train_llm.py: {explain_out_of_memory(error)}", file=sys.stderr, flush=True)
         return 1
     except RuntimeError as error:
         explanation = explain_broken_exchange(error)
@@ -161,22 +133,36 @@ def run_and_tell(arguments: Arguments) -> int:
             raise
         print(f"train_llm.py: {explanation}", file=sys.stderr, flush=True)
         return 1
-    except KeyboardInterrupt:
-        print("train_llm.py: interrupted; the same command continues the run.", file=sys.stderr)
-        return 130
     return 0
 
 
-def run_training(arguments: Arguments) -> None:
+def run_training(arguments: Arguments, request: StopRequest) -> None:
     """Builds the run, trains it to its end and leaves a model and a result behind."""
     output = OutputFolder(str(arguments.output_dir))
     if is_finished(output, arguments):
         return
-    run = build_run(arguments, output)
-    with tracked(run):
-        resume(run)
-        train(run)
-        finish(run)
+    is_first = os.environ.get("RANK", "0") == "0"
+    with output.lock() if is_first else nullcontext():
+        run = build_run(arguments, output, request)
+        with tracked(run):
+            resume(run)
+            train(run)
+            finish(run)
+
+
+def explain_out_of_memory(error: torch.OutOfMemoryError) -> str:
+    """What to tell a person whose device is too small for the run."""
+    peak = ""
+    if torch.cuda.is_available():
+        peak = (
+            f" At its peak this process held {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB."
+        )
+    return (
+        f"rank {os.environ.get('RANK', '0')}: the device has no memory left."
+        f" {str(error).splitlines()[0]}{peak} Checkpoints are whole. What helps, each with the same"
+        " curve: a smaller --per_device_train_batch_size at the same --global_batch_size,"
+        " --gradient_checkpointing true, more devices with accelerate_configs/fsdp.yaml."
+    )
 
 
 def is_finished(output: OutputFolder, arguments: Arguments) -> bool:
@@ -191,107 +177,6 @@ def is_finished(output: OutputFolder, arguments: Arguments) -> bool:
     return True
 
 
-# ------------------------------------------------------------------------------------------ build
-
-
-def build_run(arguments: Arguments, output: OutputFolder) -> Run:
-    """Everything the loop needs; what may be wrong is met before anything is written."""
-    launch = read_launch_settings()
-    batch = resolve_batch_sizes(arguments, launch.data_parallel_size)
-    accelerator = build_accelerator(arguments, launch, batch=batch)
-    checkpoint = open_output(arguments, accelerator, output)
-    data, config, block_size = build_data(arguments, accelerator)
-    rows = train_rows(data, arguments, block_size)
-    if rows is None and not arguments.streaming:
-        raise DataError("There is no training data: give --train_file or --dataset_name.")
-    validation = build_validation(arguments, accelerator, data, block_size, batch)
-    state = checkpoint.read_state() if checkpoint else TrainState(seed=0)
-    done = {"done_steps": state.step, "done_samples": state.samples}
-    plan = make_plan(arguments, batch, rows, block_size, **done)
-
-    drawn_seed = state.seed if checkpoint else None
-    seed = agree_on_seed(drawn_seed if arguments.seed is None else arguments.seed)
-    seed_everything(seed)
-    state.seed = seed
-    windows, data_mark = build_windows(arguments, accelerator, data, plan, state)
-    network = CausalLMWithLoss(build_model(config, arguments, tp_size=launch.tp_size))
-    check_row_split(network.model, block_size, launch.cp_size)
-    optimizer = build_optimizer(network, arguments, accelerator.device.type)
-    facts = provenance(accelerator, data, network)
-    checkpoints = CheckpointFolder(
-        accelerator,
-        output.checkpoints,
-        arguments.save_total_limit,
-        identity=run_identity(plan, data_mark, network, seed),
-        about=redact(describe(arguments) | facts),
-    )
-    ledger = full_ledger(data, rows, validation)
-    lines = [*data.lines(), *row_lines(rows, validation), model_line(accelerator, network)]
-    lines += plan.lines()
-    if checkpoint:
-        allowed = checkpoints.check(checkpoint, plan.total_steps, arguments.allow_resume_change)
-        changed = output.changed_arguments(arguments)
-        lines += [*resume_lines(checkpoint.path, checkpoint.step, changed), *allowed]
-    accelerator.print("\n".join(lines), flush=True)
-
-    model, optimizer = accelerator.prepare(network, optimizer)
-    limit_waiting(arguments.ddp_timeout)
-    try_document_mask(accelerator, model, network, windows, plan)
-    tracking = Tracking(
-        accelerator,
-        arguments,
-        output.path,
-        parameters=describe(arguments) | facts,
-        resumed_step=checkpoint.step if checkpoint else 0,
-    )
-    return Run(
-        arguments=arguments,
-        accelerator=accelerator,
-        plan=plan,
-        model=model,
-        network=network.model,
-        optimizer=optimizer,
-        tokenizer=data.tokenizer,
-        windows=windows,
-        ledger=ledger,
-        validation=validation,
-        checkpoints=checkpoints,
-        checkpoint=checkpoint,
-        state=state,
-        tracking=tracking,
-        output=output,
-        facts=facts,
-        meter=Throughput(),
-    )
-
-
-def open_output(
-    arguments: Arguments, accelerator: Accelerator, output: OutputFolder
-) -> Checkpoint | None:
-    """Takes the output folder for this run; returns the checkpoint to continue from, if any."""
-    if accelerator.is_main_process:
-        output.claim(start_anew=arguments.resume_from_checkpoint == "none")
-    accelerator.wait_for_everyone()
-    find_shared_folder(accelerator, output.path)
-    checkpoint, passed_over = find_checkpoint(output.checkpoints, arguments.resume_from_checkpoint)
-    for line in passed_over:
-        accelerator.print(line)
-    return checkpoint
-
-
-def run_identity(
-    plan: Plan, data_mark: str, network: CausalLMWithLoss, seed: int
-) -> dict[str, Any]:
-    """What a checkpoint must share with the run that continues it."""
-    return {
-        "model": model_fingerprint(network),
-        "data": data_mark,
-        "seed": seed,
-        "block_size": plan.block_size,
-        "global_batch_size": plan.batch.global_batch,
-    }
-
-
 # ----------------------------------------------------------------------------------------- resume
 
 
@@ -300,8 +185,6 @@ def resume(run: Run) -> None:
 
     Nothing may draw a random number between this and the first step: it would change the run.
     """
-    if run.accelerator.is_main_process:
-        run.output.write_opening(run.arguments, run.facts, run.ledger)
     rank = run.accelerator.process_index // tensor_parallel_size(run.accelerator)
     seed_everything(run.state.seed, rank=rank)
     if run.checkpoint:
@@ -319,74 +202,164 @@ def resume(run: Run) -> None:
 
 def train(run: Run) -> None:
     """The loop: one iteration is one optimizer step over one window of micro-batches."""
-    arguments, plan, state = run.arguments, run.plan, run.state
-    if state.step == 0:
-        evaluate_and_log(run)
+    state = run.state
+    if run.request.grace_seconds is not None:
+        run.request.grace_seconds = GRACE_SECONDS  # from here on there is something to save
+    if has_replicas(run.accelerator):
+        require_equal_replicas(run.accelerator, run.model, state.step)
+    if is_due(state.step, run.arguments.eval_steps) and state.evaluated_step != state.step:
+        # At the start, or where the run was stopped before it was done.
+        is_best = evaluate_and_log(run) if state.step == 0 else evaluate_in_passing(run)
+        if is_best and state.step:
+            save(run, is_best=run.arguments.save_best)
+        obey(run, NOTHING_ASKED)
     run.meter.start()
-    while state.step < plan.total_steps and not is_stopped_early(run):
+    while state.step < run.plan.total_steps and not is_stopped_early(run):
+        pass_over(run)
         window = run.windows.window(state.samples)
         num_tokens = count_window_tokens(run, window)
-        learning_rate = plan.schedule.at(state.step)
+        learning_rate = run.plan.schedule.at(state.step)
         set_learning_rate(run.optimizer, learning_rate)
-        loss_sum, grad_norm = optimizer_step(run, window, num_tokens)
+        result = optimizer_step(run, window, num_tokens)
 
-        num_samples = min(plan.batch.global_batch, plan.num_samples - state.samples)
-        state.note_samples(run.windows.sample_ids(state.samples))
-        state.step += 1
-        state.samples += num_samples
-        state.tokens += num_tokens
-        state.logged_tokens += num_tokens
-        state.logged_loss_sum += loss_sum
-        run.meter.update(num_samples * plan.block_size)
-
-        is_last = state.step == plan.total_steps
-        if is_due(state.step, arguments.logging_steps) or is_last:
-            log_progress(run, learning_rate, grad_norm)
-        is_best = False
-        if is_due(state.step, arguments.eval_steps) or is_last:
-            is_best = evaluate_and_log(run) and arguments.save_best
-            is_last = is_last or is_stopped_early(run)
-        if is_best:
-            export(run, run.output.best)
-        if is_due(state.step, arguments.save_steps) or is_last or is_best:
-            state.stream = run.windows.state(state.samples)
-            with run.meter.paused():
-                run.checkpoints.save(state, is_best=is_best)
+        first, sample_ids = state.samples, run.windows.sample_ids(state.samples)
+        state.note_samples(sample_ids)
+        state.samples += min(run.plan.batch.global_batch, run.plan.num_samples - first)
+        run.meter.update((state.samples - first) * run.plan.block_size)
+        if result.is_applied:
+            state.step += 1
+            state.tokens += num_tokens
+            state.logged_tokens += num_tokens
+            state.logged_loss_sum += result.loss_sum
+            run.health.note_good(result.loss_sum / num_tokens, result.grad_norm)
+            act_when_due(run, learning_rate, result.grad_norm)
+        else:
+            leave_out(run, result, first, sample_ids)
+        obey(run, result.decision)
+    if state.logged_tokens:  # the last steps were left out
+        log_progress(run, run.plan.schedule.at(state.step), math.nan)
+    if state.evaluated_step != state.step:
+        save(run, is_best=evaluate_in_passing(run))
 
 
-def optimizer_step(run: Run, window: list[Batch], num_tokens: int) -> tuple[float, float]:
+def act_when_due(run: Run, learning_rate: float, grad_norm: float) -> None:
+    """After a step that was applied: logs, evaluates and saves what is due."""
+    arguments, state = run.arguments, run.state
+    is_last = state.step == run.plan.total_steps
+    if is_due(state.step, arguments.replica_check_steps) and has_replicas(run.accelerator):
+        require_equal_replicas(run.accelerator, run.model, state.step)
+    if is_due(state.step, arguments.logging_steps) or is_last:
+        log_progress(run, learning_rate, grad_norm)
+    is_best = False
+    if is_due(state.step, arguments.eval_steps) or is_last:
+        is_best = evaluate_in_passing(run)
+        is_last = is_last or is_stopped_early(run)
+    if is_due(state.step, arguments.save_steps) or is_last or is_best:
+        save(run, is_best=is_best, must_succeed=is_last)
+
+
+def optimizer_step(run: Run, window: list[Batch], num_tokens: int) -> StepResult:
     """Forward, backward and update over one window.
 
     The loss of the step is (sum of token losses) / `num_tokens`, over the window and all ranks, so
     its gradient is the same however the window is split. Accelerate divides each backward pass by
-    the accumulation and averages it over the ranks, hence the factor.
-
-    Returns:
-        The summed loss in nats over all ranks, and the gradient norm before clipping.
+    the accumulation and averages it over the ranks, hence the factor. A step that is left out
+    changes nothing.
     """
-    accelerator, state = run.accelerator, run.state
+    accelerator, health = run.accelerator, run.health
     factor = gradient_factor(accelerator, len(window)) / max(1, num_tokens)
     loss_sum = torch.zeros((), device=accelerator.device)
-    grad_norm = math.nan
     for micro_batch in window:
         batch = {name: tensor.to(accelerator.device) for name, tensor in micro_batch.items()}
         with accelerator.accumulate(run.model), split_positions(accelerator, batch) as share:
             loss, _ = run.model(**share)
             loss_sum += loss.detach()
-            if accelerator.sync_gradients:
-                # Before the backward pass: some backends update the weights inside it.
-                (total_loss,) = sum_over_ranks(accelerator, float(loss_sum))
-                require_finite("loss", total_loss, state.step, state.samples)
-            accelerator.backward(loss * factor, **backward_options(accelerator))
-            if accelerator.sync_gradients:
-                # Without a limit the norm is still measured.
-                limit = run.arguments.max_grad_norm or math.inf
-                grad_norm = float(accelerator.clip_grad_norm_(run.model.parameters(), limit))
-                if accelerator.scaler is None:  # fp16's scaler skips steps that overflow by itself
-                    require_finite("gradient norm", grad_norm, state.step, state.samples)
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-    return total_loss, grad_norm
+            backward(accelerator, run.model, loss * factor)
+    orders = run.controls.take() if accelerator.is_main_process else ()
+    total_loss, *votes = sum_over_ranks(accelerator, float(loss_sum), *run.request.votes(orders))
+    decision = decide(votes)
+    verdict = health.judge_loss(total_loss / num_tokens) if num_tokens else EMPTY
+    if not verdict.is_ok:
+        drop_gradients(accelerator, run.model, run.optimizer)
+        return StepResult(total_loss, math.nan, False, verdict, {}, decision)
+
+    layers: dict[str, float] = {}
+
+    def accept(grad_norm: float) -> bool:
+        nonlocal verdict, layers
+        verdict = health.judge_norm(grad_norm)
+        layers = {} if verdict.is_ok else norms_by_layer(accelerator, run.model)
+        return verdict.is_ok
+
+    limit = run.arguments.max_grad_norm
+    outcome = finish_step(accelerator, run.model, run.optimizer, limit, accept)
+    return StepResult(total_loss, outcome.grad_norm, outcome.is_applied, verdict, layers, decision)
+
+
+def obey(run: Run, decision: Decision) -> None:
+    """Does what a signal or a file in the output folder asked for, on all ranks alike.
+
+    Raises:
+        Stopped: the run was asked to end; everything is saved.
+    """
+    orders = decision.orders
+    if "DECAY" in orders:
+        decay_now(run)
+    if "EVAL" in orders and run.validation is not None:
+        evaluate_in_passing(run)
+    if "SAMPLE" in orders:
+        speak(run)
+    stop = decision.stop or run.stop
+    if "SAVE" in orders or stop:
+        save(run)
+    if stop:
+        raise Stopped(stop, f"at step {run.state.step}")
+
+
+def decay_now(run: Run) -> None:
+    """Begins the final decay of warmup-stable-decay; the run ends with it."""
+    state, before = run.state, run.plan
+    if state.decay_from is None:
+        state.decay_from = state.step
+        make_plan_anew(run)
+    if run.plan.schedule == before.schedule:
+        state.decay_from = None
+        kind = run.arguments.lr_scheduler_type
+        run.tracking.say(f"DECAY changes nothing: lr_scheduler_type={kind}, step {state.step}")
+    else:
+        run.tracking.say(f"DECAY: the run now ends at step {run.plan.total_steps}")
+
+
+def speak(run: Run) -> None:
+    """Lets the model speak as it is now, where one process holds it whole."""
+    if run.tokenizer is None or run.arguments.sample_prompt is None:
+        run.tracking.say("SAMPLE: there is no --sample_prompt to continue, or no tokenizer")
+    elif (
+        run.accelerator.distributed_type not in WHOLE_MODEL_TYPES
+        or tensor_parallel_size(run.accelerator) > 1
+    ):
+        run.tracking.say("SAMPLE: no process holds the whole model; look at best/ or final/")
+    elif run.accelerator.is_main_process:
+        with run.meter.paused():
+            run.tracking.say(f"sample step {run.state.step} | {sample(run, run.network)}")
+
+
+def save(run: Run, *, is_best: bool = False, must_succeed: bool = True) -> None:
+    """Saves a checkpoint; every rank must call this.
+
+    Raises:
+        SaveError: it could not be written, and must be or --on_save_error says stop.
+    """
+    state = run.state
+    state.stream = run.windows.state(state.samples)
+    state.health = dataclasses.asdict(run.health.state)
+    with run.meter.paused():
+        try:
+            run.checkpoints.save(state, is_best=is_best)
+        except SaveError as error:
+            if must_succeed or run.arguments.on_save_error == "stop":
+                raise
+            run.tracking.say(f"WARNING: {error}")
 
 
 def count_window_tokens(run: Run, window: list[Batch]) -> int:
@@ -419,24 +392,51 @@ def log_progress(run: Run, learning_rate: float, grad_norm: float) -> None:
         metrics["train/epoch"] = epoch
     if (speed := run.meter.read()) is not None:
         metrics["perf/tokens_per_second"] = speed
+    if num_skipped := run.health.state.num_skipped:
+        metrics["train/skipped_steps"] = num_skipped
     state.logged_loss_sum, state.logged_tokens = 0.0, 0
     run.tracking.log(metrics, state.step)
     seconds_left = run.meter.seconds_left(run.plan.total_steps - state.step)
     run.tracking.say(progress_line(state.step, run.plan.total_steps, metrics, seconds_left))
 
 
+def evaluate_in_passing(run: Run) -> bool:
+    """Evaluates where it was not done yet, and exports a model to keep; whether it is one."""
+    is_best = evaluate_and_log(run) and run.arguments.save_best
+    if is_best:
+        export(run, run.output.best)
+    return is_best
+
+
 def evaluate_and_log(run: Run) -> bool:
-    """Evaluates where there is something to evaluate on; true if the loss is the best so far."""
+    """Evaluates where there is something to evaluate on; true if the loss is the best so far.
+
+    A signal ends it early: then it counts for nothing, and the next start begins with it.
+    """
     if run.validation is None:
         return False
     with run.meter.paused():
         metrics = evaluate(
-            run.accelerator, run.model, run.validation, run.arguments, run.plan.batch
+            run.accelerator,
+            run.model,
+            run.validation,
+            run.arguments,
+            run.plan.batch,
+            is_stopped=lambda: is_asked_to_stop(run),
         )
+    if metrics is None:
+        return False
+    run.state.evaluated_step = run.state.step
     del metrics["eval/tokens"]  # the same each time
     run.tracking.log(metrics, run.state.step)
     run.tracking.say(evaluation_line(run.state.step, metrics))
     return run.state.note_evaluation(metrics["eval/loss"], run.arguments.early_stopping_min_delta)
+
+
+def is_asked_to_stop(run: Run) -> bool:
+    """Whether any rank got a signal; every rank must call this, and all get the same answer."""
+    run.stop = decide(sum_over_ranks(run.accelerator, *run.request.votes())).stop
+    return run.stop is not None
 
 
 # -------------------------------------------------------------------------------------------- end
@@ -446,16 +446,15 @@ def evaluate_and_log(run: Run) -> bool:
 def tracked(run: Run) -> Iterator[None]:
     """Closes the trackers with how it really went."""
     output = run.output
-    artifacts = [output.arguments, output.provenance, output.ledger, output.log]
     try:
         yield
     except BaseException as error:
-        killed = isinstance(error, KeyboardInterrupt)
-        run.tracking.finish("KILLED" if killed else "FAILED", artifacts)
+        is_killed = isinstance(error, Stopped)
+        run.tracking.finish("KILLED" if is_killed else "FAILED", output.artifacts())
         raise
     finally:
         run.windows.close()
-    run.tracking.finish("FINISHED", [*artifacts, output.result])
+    run.tracking.finish("FINISHED", [*output.artifacts(), output.result])
 
 
 def finish(run: Run) -> None:
@@ -497,6 +496,12 @@ def final_sample(run: Run, exported: PreTrainedModel | None) -> str | None:
         speaker = run.network
     if run.tokenizer is None or run.arguments.sample_prompt is None or speaker is None:
         return None
+    return sample(run, speaker)
+
+
+def sample(run: Run, speaker: PreTrainedModel) -> str:
+    """What `speaker`, which this process holds whole, makes of the prompt."""
+    assert run.tokenizer is not None and run.arguments.sample_prompt is not None
     with run.accelerator.autocast():
         return generate_sample(
             speaker,
@@ -506,34 +511,6 @@ def final_sample(run: Run, exported: PreTrainedModel | None) -> str | None:
             temperature=run.arguments.sample_temperature,
             seed=run.state.seed,
         )
-
-
-def evaluate_only(arguments: Arguments) -> None:
-    """Evaluates once: the run's checkpoint where there is one, else the model as it is given."""
-    launch = read_launch_settings()
-    batch = resolve_batch_sizes(arguments, launch.data_parallel_size)
-    accelerator = build_accelerator(arguments, launch, batch=batch)
-    output = OutputFolder(str(arguments.output_dir))
-    checkpoint, passed_over = find_checkpoint(output.checkpoints, arguments.resume_from_checkpoint)
-    data, config, block_size = build_data(arguments, accelerator)
-    validation = build_validation(arguments, accelerator, data, block_size, batch)
-    if validation is None:
-        raise DataError("There is no validation data: give --validation_file.")
-    seed_everything(agree_on_seed(arguments.seed))
-    network = CausalLMWithLoss(build_model(config, arguments, tp_size=launch.tp_size))
-    check_row_split(network.model, block_size, launch.cp_size)
-    identity = {"model": model_fingerprint(network)}
-    # FSDP2 shards a model together with its optimizer; nothing is stepped here.
-    optimizer = build_optimizer(network, arguments, accelerator.device.type)
-    model, _ = accelerator.prepare(network, optimizer)
-    if checkpoint:
-        checkpoints = CheckpointFolder(accelerator, output.checkpoints, None, identity)
-        checkpoints.check(checkpoint)
-        passed_over += checkpoints.load(checkpoint, model, None)
-    source = checkpoint.path if checkpoint else arguments.model_name_or_path or "untrained weights"
-    accelerator.print("\n".join([*passed_over, f"Evaluating {source}"]), flush=True)
-    metrics = evaluate(accelerator, model, validation, arguments, batch)
-    accelerator.print(evaluation_line(checkpoint.step if checkpoint else 0, metrics))
 
 
 if __name__ == "__main__":

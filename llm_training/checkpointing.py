@@ -11,128 +11,60 @@ one removed.
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from arguments import KINDS
-from llm_training.durable import flush, flush_tree, point_to, write_json
+from llm_training.checkpoint_files import (
+    MANIFEST,
+    Checkpoint,
+    agree_on_checkpoint,
+    check_owner,
+    find_checkpoint,
+    list_checkpoints,
+    open_checkpoint,
+    whole_ones,
+)
+from llm_training.checkpoint_writing import write_checkpoint
+from llm_training.durable import flush, point_to
 from llm_training.model_state import (
     CheckpointError,
+    SaveError,
     StateForm,
     check_random_state,
     is_converted,
     is_same_split,
     load_model_state,
+    on_main_process,
     restore_random_state,
-    save_model_state,
+    save_on_main_process,
 )
 from llm_training.state import TrainState
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-TRAIN_STATE = "train_state.json"
-STEP_NAME = re.compile(r"step-(\d{8,})")
+__all__ = [
+    "MANIFEST",
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointFolder",
+    "SaveError",
+    "agree_on_checkpoint",
+    "find_checkpoint",
+    "list_checkpoints",
+    "open_checkpoint",
+]
+
 # What may differ where --allow_resume_change says so.
 RESUME_CHANGES = KINDS["allow_resume_change"].choices
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A whole checkpoint on disk: its folder and what its manifest says."""
-
-    path: Path
-    manifest: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        return int(self.manifest["step"])
-
-    def read_state(self) -> TrainState:
-        """The run's own state at that step."""
-        return TrainState.load(self.path / TRAIN_STATE)
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in a folder, with its manifest read and its files found.
-
-    Raises:
-        CheckpointError: it is not whole, or of another format.
-    """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version, files = manifest["format_version"], dict(manifest["files"])
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is no whole checkpoint: it has no {MANIFEST}.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / MANIFEST} cannot be read: {error!r}.") from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has checkpoint format {version}; this version reads {FORMAT_VERSION}. Continue"
-            " it with the version of train_llm.py that wrote it."
-        )
-    for name, size in files.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != size:
-            found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
-            raise CheckpointError(f"{file} is damaged: {size} bytes were written, it is {found}.")
-    return Checkpoint(path, manifest)
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Folders named as checkpoints, the newest first, whole or not."""
-    if not folder.is_dir():
-        return []
-    found = [p for p in folder.iterdir() if STEP_NAME.fullmatch(p.name) and not p.is_symlink()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
-
-
-def find_checkpoint(folder: Path, resume_from: str) -> tuple[Checkpoint | None, list[str]]:
-    """Where to continue.
-
-    Args:
-        folder: the run's `checkpoints` folder.
-        resume_from: "auto", "none" or the path of a checkpoint, `last` and `best` included.
-
-    Returns:
-        The checkpoint or None, and a line for each newer one that had to be passed over.
-
-    Raises:
-        CheckpointError: "none" in a folder that has checkpoints, a given path that is not whole,
-            or nothing but damaged ones.
-    """
-    paths = list_checkpoints(folder)
-    if resume_from == "none":
-        if paths:
-            raise CheckpointError(
-                f"{folder} has checkpoints, the newest {paths[0].name}, and resume_from_checkpoint"
-                " is none. Give another --output_dir or --run_name to start anew, or"
-                " --resume_from_checkpoint auto to go on."
-            )
-        return None, []
-    if resume_from != "auto":
-        return open_checkpoint(Path(resume_from).resolve()), []
-    passed_over: list[str] = []
-    for path in paths:
-        try:
-            return open_checkpoint(path), passed_over
-        except CheckpointError as error:
-            passed_over.append(f"Passed over: {error}")
-    if passed_over:
-        raise CheckpointError(
-            f"No checkpoint in {folder} is whole. {' '.join(passed_over)} Move the folder away to"
-            " start anew."
-        )
-    return None, []
+# Libraries read these without torch's `weights_only`.
+UNPICKLED = ("sharded", "deepspeed")
 
 
 class CheckpointFolder:
@@ -143,6 +75,9 @@ class CheckpointFolder:
         total_limit: newest checkpoints to keep beside the best; None keeps all.
         identity: what a checkpoint must share with the run that loads it: model, data, seed, ...
         about: what else it says of the run: arguments, hardware, versions, ...
+
+    Attributes:
+        resumed_from: the checkpoint that `load` read, which is never removed; None before it.
     """
 
     def __init__(
@@ -158,18 +93,26 @@ class CheckpointFolder:
         self.total_limit = total_limit
         self.identity = identity
         self.about = about or {}
+        self.resumed_from: Path | None = None
 
     def save(self, state: TrainState, *, is_best: bool = False) -> Path:
-        """Saves everything the run needs to go on from here; every rank must call this."""
+        """Saves everything the run needs to go on from here; every rank must call this.
+
+        Raises:
+            SaveError: the disk is too small for it, or a rank could not write; on every rank.
+                Checkpoints saved before are whole, and saving can be tried again.
+        """
         path = self.folder / f"step-{state.step:08d}"
-        if not path.exists():
-            self._write(path, state)
-        if self.accelerator.is_main_process:
-            point_to(self.folder / "last", path)
-            if is_best:
-                point_to(self.folder / "best", path)
-            self._remove_old()
-        self.accelerator.wait_for_everyone()
+        (is_there,) = broadcast_object_list([(path / MANIFEST).is_file()])
+        if not is_there:
+            write_checkpoint(
+                self.accelerator,
+                path,
+                state,
+                {"identity": self.identity, "is_best": is_best, "run": self.about},
+            )
+        self._on_main_process(f"link to {path.name}", lambda: self._point(path, is_best))
+        self._on_main_process("remove an old checkpoint", self._remove_old)
         return path
 
     def load(
@@ -201,6 +144,9 @@ class CheckpointFolder:
         """
         there = StateForm.of_manifest(checkpoint.manifest)
         here = StateForm.of_run(self.accelerator)
+        if there.layout in UNPICKLED:
+            on_main_process(self.accelerator, lambda: check_owner(checkpoint.path))
+        self.resumed_from = checkpoint.path.resolve()
         if optimizer is not None:
             check_random_state(self.accelerator, checkpoint.path, there, here)
         load_model_state(
@@ -265,55 +211,51 @@ class CheckpointFolder:
         ]
 
     def set_aside_newer(self, checkpoint: Checkpoint) -> None:
-        """Renames what lies beyond `checkpoint`: damaged, or a future this run will not have."""
-        if self.accelerator.is_main_process:
+        """Renames what lies beyond `checkpoint`: damaged, or a future this run will not have.
+
+        The links then point to what is left, also where a kill came before they were set.
+
+        Raises:
+            SaveError: it cannot be renamed; on every rank.
+        """
+
+        def rename() -> None:
             for path in list_checkpoints(self.folder):
                 if int(path.name.removeprefix("step-")) > checkpoint.step:
                     aside = path.with_name(f"{path.name}.superseded")
                     shutil.rmtree(aside, ignore_errors=True)
                     os.replace(path, aside)
-        self.accelerator.wait_for_everyone()
+            left = list(whole_ones(self.folder))
+            for found in left[:1]:
+                point_to(self.folder / "last", found.path)
+            for found in [found for found in left if found.manifest.get("is_best")][:1]:
+                point_to(self.folder / "best", found.path)
 
-    def _write(self, path: Path, state: TrainState) -> None:
-        unfinished = path.with_name(path.name + ".tmp")
-        if self.accelerator.is_main_process:
-            for leftover in self.folder.glob("step-*.tmp"):
-                shutil.rmtree(leftover)
-            unfinished.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        form = save_model_state(self.accelerator, unfinished)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            state.save(unfinished / TRAIN_STATE)
-            self._write_manifest(unfinished, state, form)
-            flush_tree(unfinished)
-            os.replace(unfinished, path)
-            flush(self.folder)
+        self._on_main_process("set newer checkpoints aside", rename)
 
-    def _write_manifest(self, folder: Path, state: TrainState, form: dict[str, Any]) -> None:
-        files = sorted(p for p in folder.rglob("*") if p.is_file())
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "step": state.step,
-            "samples": state.samples,
-            "identity": self.identity,
-            "num_processes": self.accelerator.num_processes,
-            "model_state": form,
-            "run": self.about,
-            "files": {str(p.relative_to(folder)): p.stat().st_size for p in files},
-        }
-        write_json(folder / MANIFEST, manifest)
+    def _point(self, path: Path, is_best: bool) -> None:
+        for name in ["last", "best"] if is_best else ["last"]:
+            point_to(self.folder / name, path)
+        flush(self.folder)
 
     def _remove_old(self) -> None:
-        """Removes the oldest beyond the limit, never what `last` or `best` point to."""
+        """Removes the oldest beyond the limit, but nothing that is pointed to or not ours."""
         if self.total_limit is None:
             return
-        pointed_to = {(self.folder / name).resolve() for name in ("last", "best")}
-        for path in list_checkpoints(self.folder)[self.total_limit :]:
-            if path.resolve() not in pointed_to and (path / MANIFEST).is_file():
-                # Without its manifest, what a crash leaves behind is not taken for whole.
-                (path / MANIFEST).unlink()
-                shutil.rmtree(path)
+        kept = {(self.folder / name).resolve() for name in ("last", "best")}
+        if self.resumed_from is not None:
+            kept.add(self.resumed_from)
+        ours = [p for p in list_checkpoints(self.folder) if (p / MANIFEST).is_file()]
+        for path in ours[self.total_limit :]:
+            if path.resolve() not in kept:
+                # In one step out of sight; what a crash then leaves, the next save clears away.
+                removed = path.with_name(path.name + ".tmp")
+                shutil.rmtree(removed, ignore_errors=True)
+                os.replace(path, removed)
+                shutil.rmtree(removed)
+
+    def _on_main_process(self, task: str, work: Callable[[], None]) -> None:
+        save_on_main_process(self.accelerator, task, work)
 
 
 def _load_lines(

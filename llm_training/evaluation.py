@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +15,8 @@ from llm_training.data.rows.windows import evaluation_batches
 from llm_training.losses import count_predicted_tokens
 from llm_training.ranks import data_parallel, split_positions, sum_over_data, sum_over_ranks
 
+BATCHES_BETWEEN_QUESTIONS = 8
+
 
 @torch.no_grad()
 def evaluate(
@@ -23,7 +25,9 @@ def evaluate(
     rows: Rows,
     arguments: EvaluationArguments,
     batch_sizes: BatchSizes,
-) -> dict[str, float]:
+    *,
+    is_stopped: Callable[[], bool] | None = None,
+) -> dict[str, float] | None:
     """Judges the model on `rows`, or on `eval_max_batches` of them; every rank must call this.
 
     The rows do not depend on how the batch is split over ranks, and neither do the results. No
@@ -32,10 +36,11 @@ def evaluate(
 
     Args:
         model: the prepared `CausalLMWithLoss`; it is left in training mode.
+        is_stopped: asked before every few batches, on all ranks; they must get the same answer.
 
     Returns:
         `eval/loss` in nats per predicted token, each token once, `eval/perplexity`, `eval/tokens`
-        (how many were predicted), and `eval/<name>` for each metric.
+        (how many were predicted), and `eval/<name>` for each metric. None: it was stopped.
     """
     limit = arguments.eval_max_batches
     rank, num_ranks = data_parallel(accelerator)
@@ -48,7 +53,10 @@ def evaluate(
     )
     model.eval()
     loss, tokens, correct = 0.0, 0, 0.0
-    for batch in batches:
+    for number, batch in enumerate(batches):
+        if is_stopped is not None and number % BATCHES_BETWEEN_QUESTIONS == 0 and is_stopped():
+            model.train()
+            return None
         batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
         with split_positions(accelerator, batch) as share:
             batch_loss, batch_correct = model(**share, count_correct=bool(arguments.eval_metrics))

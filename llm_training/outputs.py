@@ -9,18 +9,28 @@
 - `final/`: the finished model, a plain Hugging Face folder
 - `best/`: the model with the lowest validation loss, a folder like `final/`
 - `result.json`: how the run ended; its presence means that it did
+- `skipped/`: a file for each step that was left out: its samples, text and gradient norms
+- `.lock`: the process that trains here now; the file of a killed one stays, and locks nothing
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from arguments import Arguments, describe
-from llm_training.durable import write_json
+from llm_training.durable import flush, write_json
 
+# How file systems say that they cannot lock.
+CANNOT_LOCK = frozenset({errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS})
 # These may differ between two starts of a run without being worth a word.
 NOT_WORTH_A_WORD = frozenset({"resume_from_checkpoint", "num_threads"})
 
@@ -42,6 +52,76 @@ class OutputFolder:
         self.final = self.path / "final"
         self.best = self.path / "best"
         self.result = self.path / "result.json"
+        self.skipped = self.path / "skipped"
+        self.locked_by = self.path / ".lock"
+
+    @contextmanager
+    def lock(self, say: Callable[[str], object] = print) -> Iterator[None]:
+        """Keeps other runs out of the folder, which is made if need be; for rank 0, before `claim`.
+
+        The system lets go of the lock when the process ends, however that ends.
+
+        Args:
+            say: told where the file system cannot lock; the run then goes on without.
+
+        Raises:
+            OutputError: another run holds it, or the folder cannot be written.
+        """
+        file = self._open_lock(say)
+        started = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {started}")
+        file.flush()
+        try:
+            yield
+        finally:
+            # Before it is let go: otherwise it could be that of the next run.
+            self.locked_by.unlink(missing_ok=True)
+            file.close()
+
+    def _open_lock(self, say: Callable[[str], object]) -> IO[str]:
+        while True:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                file = self.locked_by.open("a+", encoding="utf-8")
+            except OSError as error:
+                raise self._cannot_write(error) from error
+            # A forked child has the file open too, and would hold the lock for as long as it lives.
+            os.register_at_fork(after_in_child=file.close)
+            try:
+                self._lock_file(file, say)
+                if os.path.samestat(os.fstat(file.fileno()), self.locked_by.stat()):
+                    return file
+            except FileNotFoundError:
+                pass
+            except BaseException:
+                file.close()
+                raise
+            file.close()  # its run has ended and removed it between the two calls
+
+    def _lock_file(self, file: IO[str], say: Callable[[str], object]) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise OutputError(
+                f"--output_dir {self.path} is in use by another run:"
+                f" {file.read() or 'it has just begun'}. Wait for its end or stop it, or give"
+                " another --output_dir or --run_name."
+            ) from None
+        except OSError as error:
+            if error.errno not in CANNOT_LOCK:
+                raise self._cannot_write(error) from error
+            say(
+                f"--output_dir {self.path} cannot be locked ({error.strerror}): see to it that no"
+                " second run is started there."
+            )
+
+    def _cannot_write(self, error: OSError) -> OutputError:
+        return OutputError(
+            f"--output_dir {self.path} cannot be written: {error.strerror}."
+            " Give a folder that this user may write to."
+        )
 
     def claim(self, *, start_anew: bool) -> None:
         """Makes the folder, or makes sure that it is ours and can be written.
@@ -56,28 +136,31 @@ class OutputFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".write_probe.tmp"
             probe.write_bytes(b"x")
+            flush(probe)
             os.replace(probe, self.path / ".write_probe")
             (self.path / ".write_probe").unlink()
         except OSError as error:
-            raise OutputError(
-                f"--output_dir {self.path} cannot be written: {error.strerror}."
-                " Give a folder that this user may write to."
-            ) from error
+            raise self._cannot_write(error) from error
+        ours = (self.checkpoints, self.final, self.best, self.log, self.result)
+        found = [path for path in ours if path.exists()]
         if self.arguments.exists():
-            if start_anew:
+            if found and start_anew:
                 raise OutputError(
                     f"--output_dir {self.path} already holds a run, and resume_from_checkpoint is"
                     " none. Give another --output_dir or --run_name to start anew, or"
                     " --resume_from_checkpoint auto to go on."
                 )
             return
-        ours = (self.checkpoints, self.final, self.best, self.log, self.result)
-        foreign = [path for path in ours if path.exists()]
-        if foreign:
+        if found:
             raise OutputError(
-                f"--output_dir {self.path} holds {foreign[0].name}, but no arguments.json of a run"
+                f"--output_dir {self.path} holds {found[0].name}, but no arguments.json of a run"
                 " of ours: it belongs to something else. Give another --output_dir or --run_name."
             )
+
+    def artifacts(self) -> list[Path]:
+        """What a tracker keeps of a run, beside its numbers, however it ends."""
+        files = [self.arguments, self.provenance, self.ledger, self.log]
+        return files + sorted(self.skipped.glob("*.json"))
 
     def changed_arguments(self, arguments: Arguments) -> dict[str, tuple[Any, Any]]:
         """Arguments whose value is not that of the last start here: name to (old, new)."""
@@ -94,7 +177,7 @@ class OutputFolder:
     def write_opening(
         self, arguments: Arguments, provenance: dict[str, Any], ledger: dict[str, Any]
     ) -> None:
-        """Notes what the run is, and that it has not ended."""
+        """Notes what the run is, and that it has not ended; before anything else is written."""
         self.result.unlink(missing_ok=True)
         write_json(self.arguments, describe(arguments))
         write_json(self.provenance, provenance)

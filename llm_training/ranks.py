@@ -12,9 +12,7 @@ import itertools
 import os
 import re
 import secrets
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -37,7 +35,6 @@ T = TypeVar("T")
 POLL_SECONDS = 0.2
 SHARED_FOLDER_SECONDS = 30.0  # network file systems show new files late
 ROLL_CALL_SECONDS = 10.0  # ranks began to wait at about the same time, and notice so
-LAST_WORDS_SECONDS = 5.0  # a launcher kills what is still there after 30
 # How gloo and NCCL say that an exchange between processes broke off, or took too long.
 BROKEN_EXCHANGE = re.compile(
     r"gloo|NCCL|Connection (closed|reset|refused)|Broken pipe|Timed out waiting|recvValue|sendBytes"
@@ -74,18 +71,12 @@ def gradient_factor(accelerator: Accelerator, accumulation: int) -> int:
 
     Every backend averages gradients over the ranks that compute different parts of the loss.
     Accelerate divides each backward pass by the accumulation, but leaves that to DeepSpeed, which
-    `backward_options` tells to let it be.
+    `updates.backward` tells to let it be.
     """
     averaged = accelerator.num_processes // tensor_parallel_size(accelerator)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return averaged
     return averaged * accumulation
-
-
-def backward_options(accelerator: Accelerator) -> dict[str, bool]:
-    """What `accelerator.backward` is told beside the loss."""
-    is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    return {"scale_wrt_gas": False} if is_deepspeed else {}
 
 
 @contextmanager
@@ -206,29 +197,6 @@ def limit_waiting(seconds: int) -> None:
     if distributed.is_initialized():
         for group in distributed_c10d._world.pg_map:
             distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
-
-
-@contextmanager
-def last_words() -> Iterator[None]:
-    """Inside, a launcher that ends this process leaves it some seconds to tell what it met.
-
-    A launcher sends SIGTERM as soon as another process has died. By itself that ends this one at
-    once, often while it is about to say how it noticed. Without a launcher nothing is changed.
-    """
-    if "RANK" not in os.environ:
-        yield
-        return
-
-    def end_soon(number: int, frame: object) -> None:
-        timer = threading.Timer(LAST_WORDS_SECONDS, os._exit, [128 + number])
-        timer.daemon = True
-        timer.start()
-
-    before = signal.signal(signal.SIGTERM, end_soon)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def explain_broken_exchange(error: BaseException) -> str | None:

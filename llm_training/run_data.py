@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from accelerate import Accelerator
 from torch import nn
 from transformers import PretrainedConfig
@@ -20,15 +22,23 @@ from llm_training.streams import TrainingStream, streamed_validation
 
 
 def build_data(
-    arguments: Arguments, accelerator: Accelerator
+    arguments: Arguments, accelerator: Accelerator, check: Callable[[], None] = lambda: None
 ) -> tuple[PreparedData, PretrainedConfig, int]:
-    """The tokenized data, the model's configuration fitted to it, and the tokens in a row."""
+    """The tokenized data, the model's configuration fitted to it, and the tokens in a row.
+
+    Args:
+        check: called every few seconds meanwhile; what it raises ends the work.
+    """
+
+    def say(line: str) -> None:
+        check()
+        accelerator.print(line)
 
     def prepare() -> PreparedData:
-        source = arguments.model_name_or_path
-        return prepare_data(arguments, tokenizer_source=source, say=accelerator.print)
+        return prepare_data(arguments, tokenizer_source=arguments.model_name_or_path, say=say)
 
     data = local_main_first(accelerator, prepare)
+    check()
     config = load_config(arguments, data.tokenizer)
     block_size = fit_config(config, arguments, data.vocab_size, arguments.block_size)
     return data, config, block_size

@@ -30,6 +30,9 @@ class TrainState:
         first_loss, last_loss: validation loss in nats per token, at the start and most recently.
         best_loss: the lowest validation loss so far, reached at `best_step`.
         evals_without_better: evaluations in a row that did not beat it.
+        evaluated_step: of the last evaluation that was done; -1: none.
+        decay_from: step at which a person had the final decay begin; None: where it was planned.
+        health: what `HealthMonitor` keeps, as plain values.
         seed: of weights, order and dropout.
         logged_loss_sum, logged_tokens: loss in nats and predicted tokens since the last line of
             the log, so that a resumed run logs the same mean.
@@ -46,6 +49,9 @@ class TrainState:
     best_loss: float | None = None
     best_step: int | None = None
     evals_without_better: int = 0
+    evaluated_step: int = -1
+    decay_from: int | None = None
+    health: dict[str, Any] | None = None
     logged_loss_sum: float = 0.0
     logged_tokens: int = 0
 

@@ -1,6 +1,9 @@
 """A checkpoint is whole or not there; retention keeps what it must; foreign ones are refused."""
 
+import hashlib
 import json
+import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,8 @@ from torch import nn
 from llm_training.checkpointing import (
     CheckpointError,
     CheckpointFolder,
+    SaveError,
+    agree_on_checkpoint,
     find_checkpoint,
     list_checkpoints,
     open_checkpoint,
@@ -105,54 +110,135 @@ def test_retention_leaves_alone_what_it_did_not_write(folder: CheckpointFolder) 
     assert (theirs / "notes.txt").read_text() == "mine"
 
 
-def test_a_save_that_fails_leaves_the_old_one_and_no_new_one(
-    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_retention_never_removes_what_the_run_went_on_from(folder: CheckpointFolder) -> None:
     folder.total_limit = 1
-    save(folder, 1)
+    save(folder, 1, 2)
+    prepared = (folder.accelerator._models[0], folder.accelerator._optimizers[0])
+    folder.load(open_checkpoint(folder.folder / "last"), *prepared)
+    save(folder, 3, 4)
+    assert names(folder) == ["last", "step-00000002", "step-00000004"]
 
-    def fail(path: str) -> None:
-        (Path(path) / "half").write_bytes(b"x")
-        raise OSError("No space left on device")
 
-    monkeypatch.setattr(folder.accelerator, "save_state", fail)
-    with pytest.raises(OSError, match="No space"):
+def test_what_is_in_the_way_is_neither_taken_for_a_checkpoint_nor_removed(
+    folder: CheckpointFolder,
+) -> None:
+    theirs = folder.folder / "step-00000002"
+    theirs.mkdir(parents=True)
+    with pytest.raises(SaveError, match=r"step-00000002 is in the way: .* Move it away"):
         save(folder, 2)
-    checkpoint, passed_over = find_checkpoint(folder.folder, "auto")
-    assert checkpoint is not None
-    assert (checkpoint.step, passed_over) == (1, [])
-    monkeypatch.undo()
-    save(folder, 3)
-    assert names(folder) == ["last", "step-00000003"]  # and the half one is cleared away
+    assert names(folder) == ["step-00000002"]
 
 
-@pytest.mark.parametrize("fault", ["no manifest", "torn manifest", "truncated", "missing file"])
+def test_a_checkpoint_knows_its_size(folder: CheckpointFolder) -> None:
+    save(folder, 1)
+    path = folder.folder / "step-00000001"
+    sizes = {file.name: file.stat().st_size for file in path.iterdir()}
+    del sizes["manifest.json"]
+    assert open_checkpoint(path).num_bytes == sum(sizes.values()) > 0
+
+
+def test_the_manifest_has_checksums_and_what_was_consumed(folder: CheckpointFolder) -> None:
+    folder.about = {"versions": {"torch": "2"}}
+    folder.save(TrainState(seed=1, step=1, samples=8, sample_hash="ab"))
+    manifest = open_checkpoint(folder.folder / "last").manifest
+    weights = (folder.folder / "last" / "model.safetensors").read_bytes()
+    assert manifest["files"]["model.safetensors"] == {
+        "bytes": len(weights),
+        "sha256": hashlib.sha256(weights).hexdigest(),
+    }
+    assert list(manifest["files"]) == [
+        "model.safetensors", "optimizer.bin", "random_states_0.pkl", "train_state.json",
+    ]  # fmt: skip
+    assert (manifest["format_version"], manifest["sample_hash"]) == (2, "ab")
+    assert manifest["run"] == {"versions": {"torch": "2"}}
+
+
+FAULTS = {
+    "no manifest": "has no manifest.json",
+    "torn manifest": r"manifest\.json cannot be read",
+    "manifest of something else": r"manifest\.json is damaged",
+    "newer version": "was written by a newer version of train_llm.py",
+    "older than any": "no checkpoint format 0",
+    "truncated": r"model\.safetensors is damaged: \d+ bytes were written, it is \d+ bytes",
+    "flipped byte": r"model\.safetensors is damaged: .*another SHA-256",
+    "missing file": r"model\.safetensors is missing",
+    "torn state": r"train_state\.json cannot be read",
+}
+
+
+def spoil(path: Path, fault: str) -> None:
+    weights, manifest = path / "model.safetensors", path / "manifest.json"
+    content = bytearray(weights.read_bytes())
+    noted = json.loads(manifest.read_text())
+    if fault == "no manifest":
+        manifest.unlink()
+    elif fault == "torn manifest":
+        manifest.write_text('{"format_version": 1, "fil')
+    elif fault == "manifest of something else":
+        manifest.write_text(json.dumps(noted | {"files": ["model.safetensors"]}))
+    elif fault in ("newer version", "older than any"):
+        version = 3 if fault == "newer version" else 0
+        manifest.write_text(json.dumps(noted | {"format_version": version}))
+    elif fault == "truncated":
+        weights.write_bytes(content[:-1])
+    elif fault == "flipped byte":
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    elif fault == "missing file":
+        weights.unlink()
+    else:
+        state = path / "train_state.json"
+        state.write_bytes(bytes(state.stat().st_size))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_damaged_ones_are_passed_over_with_a_word(folder: CheckpointFolder, fault: str) -> None:
     save(folder, 1, 2)
     newest = folder.folder / "step-00000002"
-    weights = newest / "model.safetensors"
-    if fault == "no manifest":
-        (newest / "manifest.json").unlink()
-    elif fault == "torn manifest":
-        (newest / "manifest.json").write_text('{"format_version": 1, "fil')
-    elif fault == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-1])
-    else:
-        weights.unlink()
+    spoil(newest, fault)
 
     checkpoint, passed_over = find_checkpoint(folder.folder, "auto")
     assert checkpoint is not None
     assert checkpoint.step == 1
     assert len(passed_over) == 1
-    assert "step-00000002" in passed_over[0]
-    with pytest.raises(CheckpointError, match="step-00000002"):
+    assert re.search(f"^Passed over: .*step-00000002.*{FAULTS[fault]}", passed_over[0])
+    with pytest.raises(CheckpointError, match=f"step-00000002.*{FAULTS[fault]}"):
         find_checkpoint(folder.folder, str(newest))  # one given by name is never replaced
+    agreed = agree_on_checkpoint(folder.accelerator, folder.folder, "auto")
+    assert agreed == (checkpoint, passed_over)
 
     folder.set_aside_newer(checkpoint)
     save(folder, 2)
     found, passed_over = find_checkpoint(folder.folder, "auto")
     assert found is not None
     assert (found.step, passed_over) == (2, [])
+
+
+def test_a_run_that_goes_back_finds_the_best_before_it(folder: CheckpointFolder) -> None:
+    folder.total_limit = None
+    save(folder, 1, best=1)
+    save(folder, 2)
+    save(folder, 3, best=3)
+    (folder.folder / "last").unlink()
+    folder.set_aside_newer(open_checkpoint(folder.folder / "step-00000002"))
+    assert (folder.folder / "best").resolve().name == "step-00000001"
+    assert (folder.folder / "last").resolve().name == "step-00000002"
+    assert (folder.folder / "step-00000003.superseded").is_dir()
+
+
+def test_checkpoints_that_noted_sizes_only_are_still_read(folder: CheckpointFolder) -> None:
+    save(folder, 1)
+    path = folder.folder / "step-00000001"
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"] = {name: note["bytes"] for name, note in manifest["files"].items()}
+    (path / "manifest.json").write_text(json.dumps(manifest | {"format_version": 1}))
+    checkpoint = open_checkpoint(path)
+    prepared = (folder.accelerator._models[0], folder.accelerator._optimizers[0])
+    assert folder.load(checkpoint, *prepared) == []
+    assert checkpoint.num_bytes == sum(manifest["files"].values())
+    spoil(path, "truncated")
+    with pytest.raises(CheckpointError, match=FAULTS["truncated"]):
+        open_checkpoint(path)
 
 
 def test_nothing_but_damaged_ones_is_an_error(folder: CheckpointFolder) -> None:
@@ -166,8 +252,12 @@ def test_none_refuses_a_folder_that_has_some(folder: CheckpointFolder) -> None:
     assert find_checkpoint(folder.folder, "none") == (None, [])
     assert find_checkpoint(folder.folder, "auto") == (None, [])
     save(folder, 1)
-    with pytest.raises(CheckpointError, match="another --output_dir"):
-        find_checkpoint(folder.folder, "none")
+    for find in (find_checkpoint, partial(agree_on_checkpoint, folder.accelerator)):
+        with pytest.raises(CheckpointError, match="another --output_dir"):
+            find(folder.folder, "none")
+        found, _ = find(folder.folder, str(folder.folder / "last"))
+        assert found is not None
+        assert found.path == folder.folder / "step-00000001"
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_every_difference(
@@ -200,14 +290,6 @@ def test_one_beyond_the_end_is_refused(folder: CheckpointFolder) -> None:
     save(folder, 5)
     with pytest.raises(CheckpointError, match="at step 5, beyond the 4 steps asked for"):
         folder.check(open_checkpoint(folder.folder / "last"), total_steps=4)
-
-
-def test_a_format_from_the_future_is_told(folder: CheckpointFolder) -> None:
-    save(folder, 1)
-    path = folder.folder / "step-00000001" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
-    with pytest.raises(CheckpointError, match="format 99; this version reads 1"):
-        open_checkpoint(path.parent)
 
 
 def test_a_missing_random_state_is_an_error(folder: CheckpointFolder) -> None:

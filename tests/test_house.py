@@ -1,7 +1,9 @@
 """Proves that imports point down: who may know whom in this project, held with `ast`.
 
-    floor 4   train_llm.py
-    floor 3   run_data, show_data
+    floor 6   train_llm.py
+    floor 5   mishaps
+    floor 4   run, evaluate_only, verify_resume
+    floor 3   run_data, show_data, checkpoint_comparison
     floor 2   argument_parsing, planning, evaluation, checkpointing, reporting
     floor 1   every other room of llm_training; a folder is one room
     floor 0   arguments.py
@@ -23,7 +25,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "llm_training"
 
 FLOORS = {
-    "train_llm": 4,
+    "train_llm": 6,
+    "llm_training.mishaps": 5,
+    "llm_training.evaluate_only": 4,
+    "llm_training.run": 4,
+    "llm_training.verify_resume": 4,
+    "llm_training.checkpoint_comparison": 3,
     "llm_training.run_data": 3,
     "llm_training.show_data": 3,
     "llm_training.argument_parsing": 2,
@@ -33,6 +40,9 @@ FLOORS = {
     "llm_training.reporting": 2,
     "llm_training.streams": 2,
     "llm_training.argument_checks": 1,
+    "llm_training.checkpoint_files": 1,
+    "llm_training.checkpoint_writing": 1,
+    "llm_training.control_files": 1,
     "llm_training.cpu_backends": 1,
     "llm_training.data": 1,
     "llm_training.document_mask": 1,
@@ -49,16 +59,21 @@ FLOORS = {
     "llm_training.modeling": 1,
     "llm_training.optim": 1,
     "llm_training.outputs": 1,
+    "llm_training.parent_processes": 1,
     "llm_training.ranks": 1,
+    "llm_training.replicas": 1,
     "llm_training.schedules": 1,
     "llm_training.state": 1,
+    "llm_training.stopping": 1,
     "llm_training.throughput": 1,
     "llm_training.tracking": 1,
+    "llm_training.updates": 1,
     "llm_training.zero_init": 1,
     "arguments": 0,
 }
 
 OPEN_ROOMS = {
+    "llm_training.checkpoint_files",
     "llm_training.cpu_backends",
     "llm_training.durable",
     "llm_training.launch_checks",
@@ -90,6 +105,7 @@ QUICK_MODULES = {
     "llm_training.argument_parsing",
     "llm_training.launch_checks",
     "llm_training.launch_settings",
+    "llm_training.stopping",
 }
 
 
@@ -188,13 +204,13 @@ def test_nothing_is_called_utils() -> None:
 @pytest.mark.parametrize(
     ("path", "source", "problem"),
     [
-        ("llm_training/state.py", "import train_llm", "floor 1 imports train_llm of floor 4"),
+        ("llm_training/state.py", "import train_llm", "floor 1 imports train_llm of floor 6"),
         ("llm_training/optim.py", "from llm_training import planning", "planning of floor 2"),
         ("llm_training/planning.py", "from llm_training.evaluation import a", "evaluation of"),
         ("llm_training/optim.py", "from .modeling import a", "modeling of floor 1"),
         ("llm_training/data/chat.py", "from ..export import a", "export of floor 1"),
         ("llm_training/data/__init__.py", "from .. import health", "health of floor 1"),
-        ("llm_training/optim.py", "def f():\n    import train_llm", "train_llm of floor 4"),
+        ("llm_training/optim.py", "def f():\n    import train_llm", "train_llm of floor 6"),
         ("llm_training/__init__.py", "from . import launch", "imports llm_training.launch"),
         ("llm_training/losses.py", "from accelerate import Accelerator", "pure and imports acc"),
         ("llm_training/data/rows/order.py", "import arguments", "pure and imports arguments"),

@@ -5,6 +5,7 @@ processes, are proven by `distributed/test_resume.py`.
 """
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
+from llm_training.checkpoint_files import check_owner
 from llm_training.checkpointing import CheckpointFolder, open_checkpoint
 from llm_training.model_state import CheckpointError, StateForm, is_converted
 from llm_training.model_state.form import on_main_process, plain_name
@@ -111,6 +113,7 @@ def note(path: Path, *, processes: int | None = None, **form: Any) -> None:
     manifest["num_processes"] = processes or manifest["num_processes"]
     files = [file for file in path.rglob("*") if file.is_file() and file.name != "manifest.json"]
     manifest["files"] = {str(file.relative_to(path)): file.stat().st_size for file in files}
+    manifest["format_version"] = 1  # which has sizes only
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -338,6 +341,50 @@ def test_code_in_a_file_of_tensors_is_not_run(tmp_path: Path, name: str) -> None
     with pytest.raises(CheckpointError, match=name):
         run.load(path)
     assert not (tmp_path / "was-run").exists()
+
+
+def make_foreign(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        os.chown(path, 4242, -1)
+    except PermissionError:  # only root can give a file away
+        monkeypatch.setattr(os, "geteuid", lambda: 4242)
+
+
+@pytest.mark.parametrize("fault", ["foreign file", "foreign folder", "open file", "open folder"])
+def test_what_could_run_the_code_of_others_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    run = Run(tmp_path)
+    path = run.save("sharded")
+    run.load(path)
+    victim = path / "optimizer_0" / ("" if fault.endswith("folder") else ".metadata")
+    if fault.startswith("foreign"):
+        make_foreign(victim, monkeypatch)
+        problem = "belongs to another user"
+    else:
+        victim.chmod(victim.stat().st_mode | 0o002)
+        problem = "can be changed by every user"
+    with pytest.raises(CheckpointError, match=rf"{problem}.* can run code .*{path}; else"):
+        run.load(path)
+
+
+def test_files_that_hold_no_code_may_be_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path)
+    path = run.save()
+    make_foreign(path / "optimizer.bin", monkeypatch)
+    assert run.load(path) == []
+
+
+def test_what_is_written_without_a_umask_is_closed_to_others(tmp_path: Path) -> None:
+    run, before = Run(tmp_path), os.umask(0)
+    try:
+        path = run.save()
+    finally:
+        os.umask(before)
+    assert (path / "manifest.json").stat().st_mode & 0o022 == 0o020
+    check_owner(path)
 
 
 def test_an_optimizer_without_names_fits_by_number_or_not_at_all(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The script on a small real text: it trains, resumes bit for bit, refuses what it must."""
 
 import copy
+import hashlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_llm
 from llm_training.argument_parsing import read_arguments
+from llm_training.checkpointing import CheckpointFolder
 from llm_training.outputs import OutputFolder
+from llm_training.ranks import RankError
 
 ROOT = Path(__file__).resolve().parents[1]
 Train = Callable[..., int]
@@ -129,6 +133,20 @@ def test_the_command_line_from_text_to_a_model(settings: dict, tmp_path: Path) -
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
 
+def die_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Lets a run end before that step, once, as by a broken machine."""
+    left = [step]
+    step_as_it_is = train_llm.optimizer_step
+
+    def step_or_die(run: train_llm.Run, *args: Any) -> train_llm.StepResult:
+        if [run.state.step] == left:
+            left.clear()
+            raise RankError("the machine is gone")
+        return step_as_it_is(run, *args)
+
+    monkeypatch.setattr(train_llm, "optimizer_step", step_or_die)
+
+
 @pytest.mark.parametrize("stop_at", [3, 7])  # before the first checkpoint, and between two
 def test_a_stopped_run_continues_bit_for_bit(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
@@ -136,12 +154,8 @@ def test_a_stopped_run_continues_bit_for_bit(
     changes = {"save_total_limit": 1, "max_steps": None, "num_train_epochs": 0.02}
     assert train(output_dir=str(tmp_path / "whole"), **changes) == 0
 
-    def interrupt(name: str, value: float, step: int, sample: int) -> None:
-        if step == stop_at:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(train_llm, "require_finite", interrupt)
-    assert train(output_dir=str(tmp_path / "parts"), **changes) == 130
+    die_at(monkeypatch, stop_at)
+    assert train(output_dir=str(tmp_path / "parts"), **changes) == 1
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert train(output_dir=str(tmp_path / "parts"), **changes) == 0
@@ -163,14 +177,14 @@ def test_the_comparison_would_notice_a_lost_random_state(
         warmup_steps=2,
         lr_scheduler_type="constant",
     )
-    load = train_llm.CheckpointFolder.load
+    load = CheckpointFolder.load
 
     def load_and_lose(self: object, *args: object, **kwargs: object) -> list[str]:
         lines = load(self, *args, **kwargs)  # type: ignore[arg-type]
         torch.manual_seed(0)
         return lines
 
-    monkeypatch.setattr(train_llm.CheckpointFolder, "load", load_and_lose)
+    monkeypatch.setattr(CheckpointFolder, "load", load_and_lose)
     train(output_dir=str(tmp_path / "parts"))
     assert curve(tmp_path / "parts") != curve(tmp_path / "whole")
 
@@ -303,18 +317,13 @@ def test_early_stopping_counts_on_over_a_resume(
     losses = iter([5.0, 4.0, 4.5, 4.6, 4.7, 4.8])
     real = train_llm.evaluate
     monkeypatch.setattr(
-        train_llm, "evaluate", lambda *args: real(*args) | {"eval/loss": next(losses)}
+        train_llm,
+        "evaluate",
+        lambda *args, **named: real(*args, **named) | {"eval/loss": next(losses)},
     )
     changes = {"early_stopping_patience": 3, "eval_steps": 2, "save_steps": 6, "max_steps": 100}
-    interrupted = {"value": False}
-
-    def interrupt(name: str, value: float, step: int, sample: int) -> None:
-        if step == 6 and not interrupted["value"]:
-            interrupted["value"] = True
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(train_llm, "require_finite", interrupt)
-    assert train(**changes) == 130  # after 5.0, 4.0, 4.5, 4.6
+    die_at(monkeypatch, 6)
+    assert train(**changes) == 1  # after 5.0, 4.0, 4.5, 4.6
     assert train(**changes) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["step"], result["stopped_early"], result["best_step"]) == (8, True, 2)
@@ -417,8 +426,9 @@ def test_a_nan_stops_the_run_and_the_checkpoints_stay(
         return real(logits, labels) * (float("nan") if calls["count"] == 20 else 1.0)
 
     monkeypatch.setattr(modeling, "token_loss_sum", poisoned)
-    message = fail(train, capsys, eval_steps=None)
-    assert "The loss of step 9 (samples from 36) is nan" in message
+    message = fail(train, capsys, eval_steps=None, max_skipped_steps=0)
+    assert "Loss nan in step 10: 1 in a row had to be left out" in message
+    assert "samples 36-39" in message
     weights = load_file(tmp_path / "run" / "checkpoints" / "last" / "model.safetensors")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
     monkeypatch.undo()
@@ -464,12 +474,8 @@ def test_a_longer_run_that_is_stopped_is_not_taken_for_finished(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train()
-
-    def interrupt(name: str, value: float, step: int, sample: int) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train_llm, "require_finite", interrupt)
-    assert train(max_steps=16) == 130
+    die_at(monkeypatch, 12)
+    assert train(max_steps=16) == 1
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert train(max_steps=16) == 0
@@ -484,7 +490,9 @@ def test_a_run_that_cannot_be_resumed_is_recorded_as_failed(
     train(max_steps=6, report_to=["mlflow"])
     (tmp_path / "run" / "checkpoints" / "last" / "optimizer.bin").write_bytes(b"")
     manifest = tmp_path / "run" / "checkpoints" / "last" / "manifest.json"
-    manifest.write_text(re.sub(r'"optimizer.bin": \d+', '"optimizer.bin": 0', manifest.read_text()))
+    noted = json.loads(manifest.read_text())
+    noted["files"]["optimizer.bin"] = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
+    manifest.write_text(json.dumps(noted))
     assert "optimizer.bin cannot be read" in fail(train, capsys, max_steps=12, report_to=["mlflow"])
     (run,) = mlflow.search_runs(experiment_names=["train_llm"], output_format="list")
     assert run.info.status == "FAILED"

@@ -5,22 +5,29 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
-from llm_training.ranks import tensor_parallel_size
+from llm_training.ranks import BROKEN_EXCHANGE, tensor_parallel_size
 
 T = TypeVar("T")
 
 # What wrappers put into the names of weights: DDP in front, torch.compile anywhere.
 WRAPPER_NAMES = re.compile(r"^module\.|_orig_mod\.")
+# All that torch says of a file that took only a part of what was written.
+TORN_FILE = re.compile(r"inline_container")
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message says why and what to do."""
+
+
+class SaveError(CheckpointError):
+    """A checkpoint could not be written; earlier ones are as they were."""
 
 
 @dataclass(frozen=True)
@@ -144,15 +151,64 @@ def tied_names(model: nn.Module) -> dict[str, list[str]]:
     return {group[0]: group for group in names.values()}
 
 
-def fail_together(problem: str | None) -> None:
+def fail_together(problem: str | None, kind: type[CheckpointError] = CheckpointError) -> None:
     """Raises on every rank what any of them found; every rank must call this.
 
     Raises:
-        CheckpointError: the first problem in the order of the ranks.
+        CheckpointError: the first problem in the order of the ranks, as the `kind` given.
     """
     for found in gather_object([problem]):
         if found is not None:
-            raise CheckpointError(found)
+            raise kind(found)
+
+
+def save_together(accelerator: Accelerator, task: str, work: Callable[[], T]) -> T:
+    """Does `work` on every rank; where one fails, all do at once.
+
+    Every rank must call this. A rank that fails must not leave the others waiting in an exchange
+    inside `work`: libraries that have one there agree by themselves.
+
+    Args:
+        task: what `work` does, as in "rank 1 could not ...".
+
+    Raises:
+        SaveError: the first failure in the order of the ranks, with its rank.
+    """
+    result, problem = None, None
+    try:
+        result = work()
+    except (Exception, CheckpointException) as error:  # full disks show in many ways
+        if isinstance(error, RuntimeError) and BROKEN_EXCHANGE.search(str(error)):
+            raise  # another rank is gone: one more exchange would be one more wait
+        problem = _explain_failure(accelerator.process_index, task, error)
+    fail_together(problem, SaveError)
+    return cast(T, result)
+
+
+def save_on_main_process(accelerator: Accelerator, task: str, work: Callable[[], T]) -> T | None:
+    """`save_together` where rank 0 alone has work; gives its result there, None elsewhere."""
+    is_main = accelerator.is_main_process
+    return save_together(accelerator, task, lambda: work() if is_main else None)
+
+
+def _explain_failure(rank: int, task: str, error: BaseException) -> str:
+    if isinstance(error, CheckpointError):
+        return str(error)
+    if isinstance(error, CheckpointException):  # of torch.distributed.checkpoint, on every rank
+        rank, (error, _) = min(error.failures.items())
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    text = str(cause) if cause else f"{type(error).__name__}: {first_line(error)}"
+    if TORN_FILE.search(text):
+        text = f"the file could not be written to its end, as on a full disk ({text})"
+    return f"rank {rank} could not {task}: {text.rstrip('.')}."
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; the name of its kind where it says nothing."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".:") + "."
 
 
 def on_main_process(accelerator: Accelerator, work: Callable[[], T]) -> T | None:

@@ -18,6 +18,7 @@ from llm_training.model_state.form import (
     StateForm,
     buffers_by_name,
     fail_together,
+    first_line,
     on_main_process,
     tied_names,
 )
@@ -32,7 +33,6 @@ from llm_training.model_state.readers import (
     SHARDED_WEIGHTS,
     OptimizerState,
     Weights,
-    first_line,
     read_optimizer,
     read_weights,
     require,

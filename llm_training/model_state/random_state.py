@@ -12,8 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from accelerate.utils.other import load
 
-from llm_training.model_state.form import StateForm, fail_together
-from llm_training.model_state.readers import first_line
+from llm_training.model_state.form import StateForm, fail_together, first_line
 
 # Spreads the steps over the seeds, so that no rank of one step draws as another rank of another.
 STEP_STRIDE = 0x9E3779B1

@@ -1,7 +1,7 @@
 """Reads weights and optimizer state of any layout as whole CPU tensors by parameter name.
 
 One process reads; none of this needs a process group. DeepSpeed's files and the metadata of
-sharded ones are pickles: continue only from folders that you wrote yourself.
+sharded ones are pickles, which can run code: who calls this has looked whose they are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from llm_training.model_state.form import CheckpointError, StateForm, plain_name
+from llm_training.model_state.form import CheckpointError, StateForm, first_line, plain_name
 
 # File names of Accelerate's `save_state`.
 PLAIN_WEIGHTS = "model.safetensors"
@@ -120,12 +120,6 @@ def require(path: Path, advice: str) -> None:
         raise CheckpointError(f"{path.parent} has no {path.name}. {advice}")
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line; the name of its kind where it says nothing."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".:") + "."
-
-
 def _load_pickled_tensors(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
@@ -214,5 +208,5 @@ def _zero3_step(universal: Path) -> Any:
 
 
 def _load_universal(path: Path) -> Any:
-    loaded = torch.load(path, map_location="cpu", weights_only=False)
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
     return loaded["param"] if isinstance(loaded, dict) else loaded

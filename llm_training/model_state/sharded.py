@@ -17,24 +17,20 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._pytree import tree_map
 
 from llm_training.model_state.live import LiveModel, local_part
-from llm_training.model_state.readers import MOMENTS, SHARDED_OPTIMIZER, SHARDED_WEIGHTS
+from llm_training.model_state.readers import MOMENTS
 
 STATE = "optimizer.state."  # before the name of a parameter and the kind of its state
 
 
-def save_sharded(live: LiveModel, folder: Path) -> None:
-    """Writes weights and optimizer state; every rank must call this."""
-    weights = get_model_state_dict(live.model)
-    dcp.save(
-        {"model": _in_one_piece(weights)},
-        storage_writer=dcp.FileSystemWriter(folder / SHARDED_WEIGHTS),
-    )
+def save_sharded_weights(live: LiveModel, folder: Path) -> None:
+    """Writes this rank's part of the weights; every rank must call this, and fails if one does."""
+    _save({"model": get_model_state_dict(live.model)}, folder)
+
+
+def save_sharded_optimizer(live: LiveModel, folder: Path) -> None:
+    """Writes this rank's part of the optimizer state; as `save_sharded_weights`."""
     assert live.optimizer is not None
-    state = get_optimizer_state_dict(live.model, live.optimizer)
-    dcp.save(
-        {"optimizer": _in_one_piece(state)},
-        storage_writer=dcp.FileSystemWriter(folder / SHARDED_OPTIMIZER),
-    )
+    _save({"optimizer": get_optimizer_state_dict(live.model, live.optimizer)}, folder)
 
 
 def load_sharded_weights(live: LiveModel, folder: Path) -> None:
@@ -60,6 +56,10 @@ def load_sharded_optimizer(live: LiveModel, folder: Path) -> None:
     }
     _load({"state": targets}, "optimizer", folder)
     live.set_optimizer_state(targets)
+
+
+def _save(tree: dict[str, Any], folder: Path) -> None:
+    dcp.save(_in_one_piece(tree), storage_writer=dcp.FileSystemWriter(folder))
 
 
 def _load(targets: dict[str, Any], key: str, folder: Path) -> None:

@@ -68,7 +68,7 @@ class MLflowRun:
         arguments: Arguments,
         output_dir: Path,
         tags: dict[str, str],
-        resumed_step: int,
+        resumed_step: int | None,
         say: Callable[[str], None],
     ) -> None:
         """Reaches the store; the arguments are those of `Tracking`.
@@ -94,11 +94,12 @@ class MLflowRun:
         mlflow.set_tracking_uri(self.uri)
         self._client = mlflow.MlflowClient()
         self._run_id_file = output_dir / RUN_ID_FILE
-        self._resumed_step = resumed_step
+        self._resumed_step = -1 if resumed_step is None else resumed_step
         self._experiment_name = arguments.experiment_name
         self._run_name = arguments.run_name
         self._tags = tags
-        self._earlier_run = self._find_earlier_run(say) if resumed_step else None
+        # Also where a run was killed before its first checkpoint and begins anew.
+        self._earlier_run = self._find_earlier_run(say)
         self._stored_points = self._read_stored_points()
         _ensure_experiment(self._client, self._experiment_name, self.uri)
 
@@ -157,7 +158,7 @@ class MLflowRun:
         tracker.store_init_configuration({name: now[name] for name in now if name not in stored})
         for name in now:
             if name in stored and stored[name] != now[name]:
-                tag = f"resume.{self._resumed_step}.{name}"
+                tag = f"resume.{max(0, self._resumed_step)}.{name}"
                 self._client.set_tag(run_id, tag, _cut(f"{stored[name]} -> {now[name]}"))
         beside = self._run_id_file.with_suffix(".tmp")
         beside.write_text(run_id + "\n", encoding="utf-8")

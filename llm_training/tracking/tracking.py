@@ -53,7 +53,7 @@ class Tracking:
         *,
         parameters: dict[str, Any],
         tags: dict[str, str] | None = None,
-        resumed_step: int = 0,
+        resumed_step: int | None = None,
     ) -> None:
         """Starts the trackers of `arguments.report_to` and opens train_log.jsonl.
 
@@ -63,7 +63,7 @@ class Tracking:
             output_dir: the run's folder; it also remembers which MLflow run goes on.
             parameters: what is noted of the run; secrets are taken out.
             tags: short texts about it, such as the git revision; secrets are taken out.
-            resumed_step: step of the checkpoint that the run goes on from; 0: a new run.
+            resumed_step: step of the checkpoint that the run goes on from; None: a new run.
 
         Raises:
             TrackingError: a tracker does not start as asked. On the main process only.
@@ -86,7 +86,7 @@ class Tracking:
         self._trackers = [SteadyTracker(tracker, self.say) for tracker in accelerator.trackers]
         self._train_log = self._open_train_log(resumed_step)
 
-    def _start_trackers(self, arguments: Arguments, resumed_step: int) -> None:
+    def _start_trackers(self, arguments: Arguments, resumed_step: int | None) -> None:
         """Starts Accelerate's trackers, each told how to go on after the resumed step."""
         trackers: list[GeneralTracker] = []
         with ignored_environment():
@@ -125,7 +125,7 @@ class Tracking:
                 " or leave it out of report_to: train_log.jsonl is written in any case."
             ) from error
 
-    def _open_train_log(self, resumed_step: int) -> TrainLog:
+    def _open_train_log(self, resumed_step: int | None) -> TrainLog:
         log = TrainLog(self._output_dir, resumed_step)
         if log.lines_removed:
             self.say(
@@ -133,6 +133,15 @@ class Tracking:
                 " which will be computed again"
             )
         return log
+
+    def go_back(self, step: int) -> None:
+        """Takes later steps out of train_log.jsonl: the run was put back behind `step`.
+
+        Trackers keep what they were sent; the steps that come again are added to it.
+        """
+        if self._is_main_process:
+            self._train_log.close()
+            self._train_log = self._open_train_log(step)
 
     def say(self, line: str) -> None:
         """Prints a line on the main process's console."""
@@ -207,13 +216,13 @@ def _tensorboard_folder(output_dir: Path) -> Path:
     return output_dir / "tensorboard"
 
 
-def _build_tensorboard(output_dir: Path, resumed_step: int) -> GeneralTracker:
+def _build_tensorboard(output_dir: Path, resumed_step: int | None) -> GeneralTracker:
     _require_package("tensorboard")
     from accelerate.tracking import TensorBoardTracker
 
     # purge_step hides what was logged after the checkpoint and will be logged again. The first
     # argument is a folder below the second: an experiment's name, such as /a/b, might leave it.
-    purge_step = resumed_step + 1 if resumed_step else None
+    purge_step = None if resumed_step is None else resumed_step + 1
     return TensorBoardTracker("", _tensorboard_folder(output_dir), purge_step=purge_step)
 
 

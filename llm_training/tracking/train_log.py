@@ -19,8 +19,8 @@ class TrainLog:
     "-Infinity", which `float()` reads back.
     """
 
-    def __init__(self, folder: Path, resumed_step: int = 0) -> None:
-        """Opens the log for a run that continues after `resumed_step`; 0: for a new run.
+    def __init__(self, folder: Path, resumed_step: int | None = None) -> None:
+        """Opens the log for a run that continues after `resumed_step`; None: for a new run.
 
         A new run moves a log that it finds aside to train_log.old.jsonl. A resumed one removes the
         lines of later steps, which it will compute again, and what a kill left half written.
@@ -30,7 +30,7 @@ class TrainLog:
         self.path = folder / FILE_NAME
         self.lines_removed = 0
         if self.path.exists():
-            if resumed_step:
+            if resumed_step is not None:
                 self.lines_removed = _rewind(self.path, resumed_step)
             else:
                 self.path.replace(self.path.with_suffix(".old.jsonl"))

@@ -32,7 +32,8 @@ from llm_training.generation import generate_sample
 from llm_training.launch import build_accelerator
 from llm_training.launch_settings import read_launch_settings
 from llm_training.modeling import CausalLMWithLoss, build_model
-from llm_training.ranks import backward_options, leave
+from llm_training.ranks import leave
+from llm_training.updates import backward, finish_step
 
 VOCABULARY, LENGTH = 300, 16
 CONFIGS: dict[str, PretrainedConfig] = {
@@ -101,9 +102,8 @@ def train(parts: Parts, seeds: tuple[int, ...]) -> float:
         rows = torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
         loss, _ = parts.model(rows, rows)
         mean = loss / (2 * (LENGTH - 1))
-        parts.accelerator.backward(mean, **backward_options(parts.accelerator))
-        parts.optimizer.step()
-        parts.optimizer.zero_grad()
+        backward(parts.accelerator, parts.model, mean)
+        finish_step(parts.accelerator, parts.model, parts.optimizer, None, lambda norm: True)
     return float(mean.detach())
 
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import train_llm
-from llm_training import ranks, run_data
+from llm_training import ranks, run, run_data
 from llm_training.argument_parsing import parse_arguments
 from llm_training.data import DataError
 
@@ -16,8 +16,8 @@ IS_FAULTY = os.environ["RANK"] == RANK
 step_as_it_is, prepare_as_it_is = train_llm.optimizer_step, run_data.prepare_data
 
 
-def faulty_step(run, *args):
-    if IS_FAULTY and run.state.step == STEP:
+def faulty_step(training, *args):
+    if IS_FAULTY and training.state.step == STEP:
         if FAULT == "kill":
             time.sleep(2)  # the other rank waits for this one by then, and notices at once
         print(f"fault at {time.time()}", flush=True)
@@ -27,7 +27,7 @@ def faulty_step(run, *args):
             os.kill(os.getpid(), signal.SIGSTOP)
         if FAULT == "raise":
             raise DataError("row 7 cannot be read.")
-    return step_as_it_is(run, *args)
+    return step_as_it_is(training, *args)
 
 
 def slow_data(*args, **kwargs):
@@ -49,7 +49,7 @@ def other_folder(accelerator, folder):
 
 
 if FAULT == "other_folder":
-    shared_as_it_is, train_llm.find_shared_folder = train_llm.find_shared_folder, other_folder
+    shared_as_it_is, run.find_shared_folder = run.find_shared_folder, other_folder
 train_llm.optimizer_step = faulty_step
 run_data.prepare_data = slow_data
 ranks.leave(train_llm.main(parse_arguments(sys.argv[4:])))

@@ -1,0 +1,236 @@
+"""A run: its parts, and how they are built from the arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from arguments import Arguments, BatchSizes, describe, resolve_batch_sizes
+from llm_training.checkpointing import Checkpoint, CheckpointFolder, agree_on_checkpoint
+from llm_training.control_files import ControlFiles
+from llm_training.data import DataError
+from llm_training.data.rows.store_rows import Rows
+from llm_training.data.rows.streaming import StreamWindows
+from llm_training.data.rows.windows import TrainingWindows, train_rows
+from llm_training.health import HealthMonitor, HealthState, Verdict
+from llm_training.launch import build_accelerator, seed_everything
+from llm_training.launch_settings import read_launch_settings
+from llm_training.modeling import (
+    CausalLMWithLoss,
+    build_model,
+    check_row_split,
+    model_fingerprint,
+)
+from llm_training.optim import build_optimizer
+from llm_training.outputs import OutputFolder
+from llm_training.planning import Plan, make_plan
+from llm_training.ranks import agree_on_seed, find_shared_folder, limit_waiting
+from llm_training.reporting import (
+    full_ledger,
+    model_line,
+    provenance,
+    resume_lines,
+    row_lines,
+)
+from llm_training.run_data import build_data, build_validation, build_windows, try_document_mask
+from llm_training.state import TrainState
+from llm_training.stopping import Decision, StopRequest
+from llm_training.throughput import Throughput
+from llm_training.tracking import Tracking, redact
+
+
+@dataclass
+class Run:
+    """The parts of a run, built once and handed to the loop.
+
+    `model` is what Accelerate has prepared, `network` the Hugging Face model at its core.
+    """
+
+    arguments: Arguments
+    accelerator: Accelerator
+    plan: Plan
+    model: nn.Module
+    network: PreTrainedModel
+    optimizer: AcceleratedOptimizer
+    tokenizer: PreTrainedTokenizerBase | None
+    windows: TrainingWindows | StreamWindows
+    validation: Rows | None
+    checkpoints: CheckpointFolder
+    checkpoint: Checkpoint | None
+    state: TrainState
+    tracking: Tracking
+    output: OutputFolder
+    facts: dict[str, Any]
+    meter: Throughput
+    health: HealthMonitor
+    request: StopRequest
+    controls: ControlFiles
+    stop: str | None = None  # why the run must end, once an evaluation was left for it
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What came of one step, the same on every rank.
+
+    Attributes:
+        loss_sum: summed loss in nats.
+        grad_norm: before clipping; NaN where it was not measured.
+        is_applied: whether the weights were updated.
+        verdict: why not, but for fp16's overflows.
+        norms_by_layer: where the gradient norm was the reason.
+        decision: what a signal or a person asked for meanwhile.
+    """
+
+    loss_sum: float
+    grad_norm: float
+    is_applied: bool
+    verdict: Verdict
+    norms_by_layer: dict[str, float]
+    decision: Decision
+
+
+def build_run(
+    arguments: Arguments, output: OutputFolder, request: StopRequest | None = None
+) -> Run:
+    """Everything the loop needs; what may be wrong is met before anything is written."""
+    request = request or StopRequest()
+    launch = read_launch_settings()
+    batch = resolve_batch_sizes(arguments, launch.data_parallel_size)
+    accelerator = build_accelerator(arguments, launch, batch=batch)
+    checkpoint = open_output(arguments, accelerator, output)
+    data, config, block_size = build_data(arguments, accelerator, request.check)
+    rows = train_rows(data, arguments, block_size)
+    if rows is None and not arguments.streaming:
+        raise DataError("There is no training data: give --train_file or --dataset_name.")
+    validation = build_validation(arguments, accelerator, data, block_size, batch)
+    state = checkpoint.read_state() if checkpoint else TrainState(seed=0)
+    plan = plan_from(state, arguments, batch, rows, block_size)
+
+    drawn_seed = state.seed if checkpoint else None
+    seed = agree_on_seed(drawn_seed if arguments.seed is None else arguments.seed)
+    seed_everything(seed)
+    state.seed = seed
+    windows, data_mark = build_windows(arguments, accelerator, data, plan, state)
+    request.check()
+    network = CausalLMWithLoss(build_model(config, arguments, tp_size=launch.tp_size))
+    check_row_split(network.model, block_size, launch.cp_size)
+    optimizer = build_optimizer(network, arguments, accelerator.device.type)
+    facts = provenance(accelerator, data, network)
+    checkpoints = CheckpointFolder(
+        accelerator,
+        output.checkpoints,
+        arguments.save_total_limit,
+        identity=run_identity(plan, data_mark, network, seed),
+        about=redact(describe(arguments) | facts),
+    )
+    ledger = full_ledger(data, rows, validation)
+    lines = [*data.lines(), *row_lines(rows, validation), model_line(accelerator, network)]
+    lines += plan.lines()
+    if checkpoint:
+        allowed = checkpoints.check(checkpoint, plan.total_steps, arguments.allow_resume_change)
+        changed = output.changed_arguments(arguments)
+        lines += [*resume_lines(checkpoint.path, checkpoint.step, changed), *allowed]
+    accelerator.print("\n".join(lines), flush=True)
+
+    request.check()
+    model, optimizer = accelerator.prepare(network, optimizer)
+    limit_waiting(arguments.ddp_timeout)
+    try_document_mask(accelerator, model, network, windows, plan)
+    if accelerator.is_main_process:
+        output.write_opening(arguments, facts, ledger)
+    tracking = Tracking(
+        accelerator,
+        arguments,
+        output.path,
+        parameters=describe(arguments) | facts,
+        resumed_step=checkpoint.step if checkpoint else None,
+    )
+    return Run(
+        arguments=arguments,
+        accelerator=accelerator,
+        plan=plan,
+        model=model,
+        network=network.model,
+        optimizer=optimizer,
+        tokenizer=data.tokenizer,
+        windows=windows,
+        validation=validation,
+        checkpoints=checkpoints,
+        checkpoint=checkpoint,
+        state=state,
+        tracking=tracking,
+        output=output,
+        facts=facts,
+        meter=Throughput(),
+        health=build_health(arguments, state),
+        request=request,
+        controls=ControlFiles(output.path, say=accelerator.print),
+    )
+
+
+def plan_from(
+    state: TrainState,
+    arguments: Arguments,
+    batch: BatchSizes,
+    rows: Rows | None,
+    block_size: int,
+) -> Plan:
+    """The plan of the run as it is from `state` on."""
+    return make_plan(
+        arguments,
+        batch,
+        rows,
+        block_size,
+        done_steps=state.step,
+        done_samples=state.samples,
+        decay_from=state.decay_from,
+    )
+
+
+def open_output(
+    arguments: Arguments, accelerator: Accelerator, output: OutputFolder
+) -> Checkpoint | None:
+    """Takes the output folder for this run; returns the checkpoint to continue from, if any."""
+    if accelerator.is_main_process:
+        output.claim(start_anew=arguments.resume_from_checkpoint == "none")
+    accelerator.wait_for_everyone()
+    find_shared_folder(accelerator, output.path)
+    checkpoint, passed_over = agree_on_checkpoint(
+        accelerator, output.checkpoints, arguments.resume_from_checkpoint
+    )
+    for line in passed_over:
+        accelerator.print(line)
+    if checkpoint is None:
+        accelerator.print(f"New run in {output.path}: it has no checkpoint yet")
+    return checkpoint
+
+
+def run_identity(
+    plan: Plan, data_mark: str, network: CausalLMWithLoss, seed: int
+) -> dict[str, Any]:
+    """What a checkpoint must share with the run that continues it."""
+    return {
+        "model": model_fingerprint(network),
+        "data": data_mark,
+        "seed": seed,
+        "block_size": plan.block_size,
+        "global_batch_size": plan.batch.global_batch,
+    }
+
+
+def build_health(arguments: Arguments, state: TrainState) -> HealthMonitor:
+    """What judges the steps of the run, from where it stands."""
+    known = HealthState(**(state.health or {}))
+    return HealthMonitor(known, arguments.max_skipped_steps, arguments.skip_spikes)
+
+
+def make_plan_anew(run: Run) -> None:
+    """Lets the plan follow from where the run stands, as a start from here would."""
+    plan = run.plan
+    run.plan = plan_from(run.state, run.arguments, plan.batch, plan.rows, plan.block_size)
+    run.windows.run_until(run.plan.num_samples)
