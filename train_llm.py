@@ -19,7 +19,7 @@ if __name__ == "__main__":
     if ARGUMENTS.verify_resume is not None:
         from llm_training.verify_resume import verify_resume
 
-        sys.exit(verify_resume(ARGUMENTS, sys.argv[1:]))
+        sys.exit(verify_resume(ARGUMENTS))
 
 import dataclasses
 import math
@@ -300,7 +300,7 @@ def obey(run: Run, decision: Decision) -> None:
     """Does what a signal or a file in the output folder asked for, on all ranks alike.
 
     Raises:
-        Stopped: the run was asked to end; everything is saved.
+        Stopped: the run was asked to end; all that was done is saved.
     """
     orders = decision.orders
     if "DECAY" in orders:
@@ -310,7 +310,7 @@ def obey(run: Run, decision: Decision) -> None:
     if "SAMPLE" in orders:
         speak(run)
     stop = decision.stop or run.stop
-    if "SAVE" in orders or stop:
+    if ("SAVE" in orders or stop) and run.state.samples:  # before, there is nothing to save
         save(run)
     if stop:
         raise Stopped(stop, f"at step {run.state.step}")

@@ -42,9 +42,9 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "max_steps lr_decay_steps save_steps save_total_limit logging_steps num_threads"
         " per_device_train_batch_size gradient_accumulation_steps global_batch_size"
         " eval_steps eval_max_batches per_device_eval_batch_size early_stopping_patience"
-        " sample_max_new_tokens ddp_timeout shuffle_buffer_size replica_check_steps verify_resume",
+        " sample_max_new_tokens ddp_timeout shuffle_buffer_size replica_check_steps",
     ),
-    ("2 or more", lambda x: x >= 2, "block_size"),
+    ("2 or more", lambda x: x >= 2, "block_size verify_resume"),
     ("257 or more, for 256 bytes and a special token", lambda x: x >= 257, "vocab_size"),
     ("from 0 to 1", lambda x: 0 <= x <= 1, "min_lr_ratio"),
     ("at least 0 and less than 1", lambda x: 0 <= x < 1, "dropout adam_beta1 adam_beta2"),

@@ -33,6 +33,7 @@ from llm_training.losses import shift_labels
 T = TypeVar("T")
 
 POLL_SECONDS = 0.2
+FIRST_WORD_SECONDS = 1.0  # for the process that failed to say why, before others speak
 SHARED_FOLDER_SECONDS = 30.0  # network file systems show new files late
 ROLL_CALL_SECONDS = 10.0  # ranks began to wait at about the same time, and notice so
 # How gloo and NCCL say that an exchange between processes broke off, or took too long.
@@ -157,6 +158,7 @@ def local_main_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
     while not store.check([done]):
         time.sleep(POLL_SECONDS)
     if store.get(done) != b"done":
+        time.sleep(FIRST_WORD_SECONDS)
         raise RankError("the first process of this machine failed: its error stands above.")
     return work()
 

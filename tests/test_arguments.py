@@ -287,7 +287,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
         ["max_rewinds=1 needs a checkpoint", "set save_steps"],
     ),
     ({"save_before_timeout": 0}, ["save_before_timeout=0.0", "more than 0, or null"]),
-    ({"verify_resume": 0}, ["verify_resume=0", "1 or more, or null"]),
+    ({"verify_resume": 1}, ["verify_resume=1", "2 or more, or null"]),
     # evaluation
     ({"save_best": True, "eval_steps": None}, ["save_best=true", "set eval_steps"]),
     (

@@ -14,6 +14,7 @@ import psutil
 import train_llm
 from llm_training import ranks, run
 from llm_training.argument_parsing import parse_arguments
+from llm_training.stopping import end_with_launcher
 
 WHOM, SIGNAL, PLACE, NUMBER, RANK = sys.argv[1:6]
 IS_SENDER = os.environ.get("RANK", "0") == RANK
@@ -49,4 +50,5 @@ def signalled(place, work):
 train_llm.optimizer_step = signalled("step", train_llm.optimizer_step)
 train_llm.evaluate = signalled("evaluation", train_llm.evaluate)
 run.build_model = signalled("build", run.build_model)
+end_with_launcher()
 ranks.leave(train_llm.main(parse_arguments(sys.argv[6:])))
