@@ -50,4 +50,4 @@ def test_a_run_that_cannot_train_is_told_with_its_own_words(settings: str, tmp_p
     ended = subprocess.run(command, cwd=ROOT, env=env, timeout=120, check=False, **options)
     assert ended.returncode == 1
     assert "phase 1 failed; rank 0 ended with exit code 1" in ended.stderr
-    assert "makes not one row of 2000000" in ended.stderr
+    assert "less than one row of 2000000" in ended.stderr
