@@ -279,11 +279,11 @@ def optimizer_step(run: Run, window: list[Batch], num_tokens: int) -> StepResult
     total_loss, *votes = sum_over_ranks(accelerator, float(loss_sum), *run.request.votes(orders))
     decision = decide(votes)
     verdict = health.judge_loss(total_loss / num_tokens) if num_tokens else EMPTY
-    if not verdict.is_ok:
-        drop_gradients(accelerator, run.model, run.optimizer)
-        return StepResult(total_loss, math.nan, False, verdict, {}, decision)
-
     layers: dict[str, float] = {}
+    if not verdict.is_ok:
+        layers = norms_by_layer(accelerator, run.model) if num_tokens else {}
+        drop_gradients(accelerator, run.model, run.optimizer)
+        return StepResult(total_loss, math.nan, False, verdict, layers, decision)
 
     def accept(grad_norm: float) -> bool:
         nonlocal verdict, layers

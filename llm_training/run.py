@@ -82,7 +82,7 @@ class StepResult:
         grad_norm: before clipping; NaN where it was not measured.
         is_applied: whether the weights were updated.
         verdict: why not, but for fp16's overflows.
-        norms_by_layer: where the gradient norm was the reason.
+        norms_by_layer: of the gradients, where the step was left out for them or its loss.
         decision: what a signal or a person asked for meanwhile.
     """
 

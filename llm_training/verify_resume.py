@@ -200,14 +200,16 @@ def _run_phase(
 
 
 def _check_phase(trial: Trial, parents: Parents, number: int, phase: Phase) -> None:
-    codes = [report["code"] for report in parents.reports(number)]
+    reports = parents.reports(number)
+    codes = [report["code"] for report in reports]
     if phase.kill_step is not None:
         if trial.checkpoint(phase.run, 2 * trial.num_steps).exists():
             raise ParentError(
                 f"{trial.num_steps} steps are over before a kill can meet them. Give a larger"
                 " --verify_resume."
             )
-        if trial.checkpoint(phase.run, trial.num_steps).exists() and -signal.SIGKILL in codes:
+        # Where one is killed, the others may end by themselves.
+        if any(report["was_killed"] for report in reports):
             return
     failed = [rank for rank, code in enumerate(codes) if code != 0]
     if failed or phase.kill_step is not None:

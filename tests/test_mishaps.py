@@ -72,6 +72,7 @@ def test_bad_steps_are_left_out_told_and_made_up_for(
     dump = json.loads(files[0].read_text())
     assert (dump["step"], len(dump["sample_ids"]), len(dump["texts"])) == (8, 4, 4)
     assert dump["losses"] == ["nan"]
+    assert dump["norms_by_layer"]["model.transformer.h.0"] == "nan"
     assert read_log(folder)[-1]["train/skipped_steps"] == 3
     state = json.loads((folder / "checkpoints/last/train_state.json").read_text())
     assert (state["step"], state["samples"]) == (20, 20 * 4 + 3 * 4)
