@@ -245,6 +245,11 @@ class CheckpointArguments:
     save_total_limit: int | None = arg(
         2, "Checkpoints kept, the newest and beside them the best; null: all."
     )
+    async_save: bool = arg(
+        False,
+        "Train on while a checkpoint is written: the run pauses only to copy it to memory"
+        " (/dev/shm). On one machine with Linux.",
+    )
     save_best: bool = arg(
         False, "Save a checkpoint whenever the validation loss is the lowest so far."
     )

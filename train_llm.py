@@ -355,7 +355,15 @@ def save(run: Run, *, is_best: bool = False, must_succeed: bool = True) -> None:
     state.health = dataclasses.asdict(run.health.state)
     with run.meter.paused():
         try:
+            run.checkpoints.wait()
+        except SaveError as error:  # of the one before; this one is not lost for it
+            if run.arguments.on_save_error == "stop":
+                raise
+            run.tracking.say(f"WARNING: {error}")
+        try:
             run.checkpoints.save(state, is_best=is_best)
+            if must_succeed:
+                run.checkpoints.wait()
         except SaveError as error:
             if must_succeed or run.arguments.on_save_error == "stop":
                 raise

@@ -5,10 +5,13 @@ It grows beside its place as `step-N.tmp`; its manifest closes it, and a rename 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -38,7 +41,25 @@ SAVE_ADVICE = (
     " or another --output_dir."
 )
 
+MEMORY = Path("/dev/shm")
+COPY_BYTES = 2**22
+
 FileNotes = dict[str, dict[str, Any]]
+
+
+def _facts_of(
+    accelerator: Accelerator, state: TrainState, form: dict[str, Any], facts: dict[str, Any]
+) -> dict[str, Any]:
+    """A manifest, but for the files."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "step": state.step,
+        "samples": state.samples,
+        "sample_hash": state.sample_hash,
+        "num_processes": accelerator.num_processes,
+        "model_state": form,
+        **facts,
+    }
 
 
 class Room(NamedTuple):
@@ -67,16 +88,8 @@ def write_checkpoint(
     (room,) = broadcast_object_list([make])
     try:
         form = save_model_state(accelerator, unfinished)
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "step": state.step,
-            "samples": state.samples,
-            "sample_hash": state.sample_hash,
-            "num_processes": accelerator.num_processes,
-            "model_state": form,
-            **facts,
-            "files": _secure_files(accelerator, unfinished, state),
-        }
+        manifest = _facts_of(accelerator, state, form, facts)
+        manifest["files"] = _secure_files(accelerator, unfinished, state)
         save_on_main_process(
             accelerator, f"finish {path.name}", lambda: _commit(unfinished, path, manifest)
         )
@@ -87,6 +100,96 @@ def write_checkpoint(
             f"{path} was not saved: {error} It needs about {room.needed:,} bytes, and"
             f" {room.free:,} were free before it. {SAVE_ADVICE}"
         ) from error
+
+
+@dataclass
+class StagedCheckpoint:
+    """A checkpoint in memory, on rank 0, which another thread can write.
+
+    Attributes:
+        path: the folder that it becomes.
+        files: what it consists of, by name; open, and gone with this process.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    files: dict[str, BinaryIO]
+    room: Room
+
+    def write(self) -> None:
+        """Brings it to the disk, whole or not at all.
+
+        Raises:
+            SaveError: it could not be written.
+        """
+        unfinished = self.path.with_name(self.path.name + ".tmp")
+        try:
+            notes = {name: _copy(file, unfinished / name) for name, file in self.files.items()}
+            flush_tree(unfinished)
+            _commit(unfinished, self.path, self.manifest | {"files": notes})
+        except OSError as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise SaveError(
+                f"{self.path} was not saved: {error}. It needs about {self.room.needed:,} bytes,"
+                f" and {self.room.free:,} were free before it. {SAVE_ADVICE}"
+            ) from error
+        finally:
+            for file in self.files.values():
+                file.close()
+
+
+def stage_checkpoint(
+    accelerator: Accelerator, path: Path, state: TrainState, facts: dict[str, Any]
+) -> StagedCheckpoint | None:
+    """As `write_checkpoint`, but only into memory; every rank must call this, on one machine.
+
+    Returns:
+        On rank 0 what is left to write, None elsewhere.
+
+    Raises:
+        SaveError: disk or memory is too small for it, or a rank could not write; on every rank.
+    """
+    made = save_on_main_process(
+        accelerator, f"make a folder in {MEMORY}", lambda: _make_staging(accelerator, path)
+    )
+    ((staging, room),) = broadcast_object_list([made])
+    try:
+        form = save_model_state(accelerator, staging)
+        manifest = _facts_of(accelerator, state, form, facts)
+
+        def take() -> StagedCheckpoint:
+            state.save(staging / TRAIN_STATE)
+            names = sorted(str(p.relative_to(staging)) for p in staging.rglob("*") if p.is_file())
+            files = {name: (staging / name).open("rb") for name in names}
+            return StagedCheckpoint(path, manifest, files, room)
+
+        return save_on_main_process(accelerator, f"stage {path.name}", take)
+    finally:
+        if accelerator.is_main_process:
+            # The open files keep the content, and no longer than this process lives.
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _make_staging(accelerator: Accelerator, path: Path) -> tuple[Path, Room]:
+    room = _make_room(accelerator, path, path.with_name(path.name + ".tmp"))
+    free = shutil.disk_usage(MEMORY).free
+    if free < room.needed:
+        raise SaveError(
+            f"{path} was not begun: --async_save needs about {room.needed:,} bytes in {MEMORY}, and"
+            f" {free:,} are free there. Make it larger, or leave --async_save out."
+        )
+    return Path(tempfile.mkdtemp(prefix="train_llm-", dir=MEMORY)), room
+
+
+def _copy(source: BinaryIO, target: Path) -> dict[str, Any]:
+    """Copies a file; returns what the manifest says of it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest, num_bytes = hashlib.sha256(), 0
+    with target.open("wb") as file:
+        while chunk := source.read(COPY_BYTES):
+            digest.update(chunk)
+            num_bytes += file.write(chunk)
+    return {"bytes": num_bytes, "sha256": digest.hexdigest()}
 
 
 def _make_room(accelerator: Accelerator, path: Path, unfinished: Path) -> Room:

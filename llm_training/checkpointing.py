@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,11 @@ from llm_training.checkpoint_files import (
     open_checkpoint,
     whole_ones,
 )
-from llm_training.checkpoint_writing import write_checkpoint
+from llm_training.checkpoint_writing import (
+    StagedCheckpoint,
+    stage_checkpoint,
+    write_checkpoint,
+)
 from llm_training.durable import flush, point_to
 from llm_training.model_state import (
     CheckpointError,
@@ -75,6 +80,7 @@ class CheckpointFolder:
         total_limit: newest checkpoints to keep beside the best; None keeps all.
         identity: what a checkpoint must share with the run that loads it: model, data, seed, ...
         about: what else it says of the run: arguments, hardware, versions, ...
+        is_async: whether `save` returns once the checkpoint is in memory; see `wait`.
 
     Attributes:
         resumed_from: the checkpoint that `load` read, which is never removed; None before it.
@@ -87,33 +93,58 @@ class CheckpointFolder:
         total_limit: int | None,
         identity: dict[str, Any],
         about: dict[str, Any] | None = None,
+        *,
+        is_async: bool = False,
     ):
         self.accelerator = accelerator
         self.folder = folder
         self.total_limit = total_limit
         self.identity = identity
         self.about = about or {}
+        self.is_async = is_async
         self.resumed_from: Path | None = None
+        self._writer = ThreadPoolExecutor(1, "saving")
+        self._in_flight: Future[None] | None = None
 
     def save(self, state: TrainState, *, is_best: bool = False) -> Path:
         """Saves everything the run needs to go on from here; every rank must call this.
+
+        With `is_async` another thread of rank 0 goes on writing. Training may change the weights
+        meanwhile; the next call waits for the one before.
 
         Raises:
             SaveError: the disk is too small for it, or a rank could not write; on every rank.
                 Checkpoints saved before are whole, and saving can be tried again.
         """
+        self.wait()
         path = self.folder / f"step-{state.step:08d}"
         (is_there,) = broadcast_object_list([(path / MANIFEST).is_file()])
+        facts = {"identity": self.identity, "is_best": is_best, "run": self.about}
+        if not is_there and self.is_async:
+            staged = stage_checkpoint(self.accelerator, path, state, facts)
+            self._in_flight = self._writer.submit(self._write_staged, staged, is_best)
+            return path
         if not is_there:
-            write_checkpoint(
-                self.accelerator,
-                path,
-                state,
-                {"identity": self.identity, "is_best": is_best, "run": self.about},
-            )
+            write_checkpoint(self.accelerator, path, state, facts)
         self._on_main_process(f"link to {path.name}", lambda: self._point(path, is_best))
         self._on_main_process("remove an old checkpoint", self._remove_old)
         return path
+
+    def wait(self) -> None:
+        """Waits until what `save` began is whole on the disk; every rank must call this.
+
+        Raises:
+            SaveError: it could not be written; on every rank.
+        """
+        in_flight, self._in_flight = self._in_flight, None
+        if in_flight is not None:  # on all ranks or on none
+            self._on_main_process("write a checkpoint", in_flight.result)
+
+    def _write_staged(self, staged: StagedCheckpoint | None, is_best: bool) -> None:
+        if staged is not None:  # on rank 0
+            staged.write()
+            self._point(staged.path, is_best)
+            self._remove_old()
 
     def load(
         self,

@@ -6,6 +6,7 @@ arguments.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from arguments import Arguments, batch_problems, resolve_batch_sizes
@@ -26,6 +27,7 @@ def launch_problems(arguments: Arguments, launch: LaunchSettings) -> Iterator[st
     process_problems = list(_process_problems(launch))
     yield from process_problems
     yield from _device_problems(arguments, launch)
+    yield from _saving_problems(arguments)
     yield from _precision_problems(arguments, launch)
     # Sizes derived for the wrong number of processes would contradict everything.
     is_counted = not (launch.unreadable or process_problems)
@@ -78,6 +80,15 @@ def _device_problems(arguments: Arguments, launch: LaunchSettings) -> Iterator[s
             " ranks, which would then wait for each other forever: set torch_compile to false, or"
             " cp_size to 1"
         )
+
+
+def _saving_problems(arguments: Arguments) -> Iterator[str]:
+    if not arguments.async_save:
+        return
+    if not os.path.isdir("/dev/shm"):
+        yield "async_save=true needs the memory folder /dev/shm of Linux: leave it out here"
+    elif os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+        yield "async_save=true works on one machine, and this run is on several: leave it out"
 
 
 def _precision_problems(arguments: Arguments, launch: LaunchSettings) -> Iterator[str]:

@@ -61,6 +61,7 @@ def write_skipped(run: Run, result: StepResult, first: int, sample_ids: NDArray[
 
 def go_back(run: Run) -> bool:
     """Puts the run back to its newest checkpoint, to pass over what spoilt it; whether it may."""
+    run.checkpoints.wait()
     checkpoint, _ = agree_on_checkpoint(run.accelerator, run.output.checkpoints, "auto")
     if checkpoint is None:
         return False

@@ -127,6 +127,7 @@ def build_run(
         arguments.save_total_limit,
         identity=run_identity(plan, data_mark, network, seed),
         about=redact(describe(arguments) | facts),
+        is_async=arguments.async_save,
     )
     ledger = full_ledger(data, rows, validation)
     lines = [*data.lines(), *row_lines(rows, validation), model_line(accelerator, network)]

@@ -11,7 +11,7 @@ from tests.distributed.launching import ROOT, clean_environment
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
-NUM_KILLS = 28
+NUM_KILLS = 30
 LOST_RANDOM_STATE = """
 import sys
 from llm_training import checkpointing
