@@ -26,10 +26,11 @@ quickstart: $(FOR_RUNS)  ## Train a small model on this machine; run again to co
 test: check  ## Check, then run every test that needs no GPU and no network
 	@$(VENV_PYTHON) -m pytest -m "not gpu and not network" -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-check: $(FOR_TESTS)  ## Lint, format and types, without changing a file
+check: $(FOR_TESTS)  ## Lint, format, types and known weaknesses, without changing a file
 	@$(VENV_PYTHON) -m ruff check
 	@$(VENV_PYTHON) -m ruff format --check
 	@$(VENV_PYTHON) -m mypy
+	@$(VENV_PYTHON) tests/audit.py
 
 format: $(FOR_TESTS)  ## Format the code and mend what lint can mend
 	@$(VENV_PYTHON) -m ruff check --fix

@@ -71,10 +71,8 @@ def main() -> None:
                 flush=True,
             )
         size = sum(path.stat().st_size for path in folder.glob("True/step-*/*"))
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; torch {torch.__version__}"
-    )
-    print(f"checkpoint: {size / 1e6:,.0f} MB")
+    machine = platform.processor() or platform.machine()
+    print(f"{machine}, {os.cpu_count()} cores; torch {torch.__version__}; {size / 1e6:,.0f} MB")
     for other in ("in loop", "torch.save"):
         ratios = sorted(a / b for a, b in zip(found["async"], found[other], strict=True))
         print(
