@@ -12,7 +12,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -87,13 +87,12 @@ class Trial:
         return bool(last["step"] >= phase.kill_step and last["time"] >= since)
 
 
-def verify_resume(arguments: Arguments, tamper: Callable[[Path], None] | None = None) -> int:
+def verify_resume(arguments: Arguments) -> int:
     """Trains 2N steps twice, once killed on the way, and compares; every process calls this.
 
     Args:
         arguments: of the run, with N in `verify_resume`; its output_dir is not touched, its token
             cache is used.
-        tamper: for tests: changes the checkpoint of step N before the killed run ends from there.
 
     Returns:
         The exit code: 0 where all is equal, bit for bit; 1 where it is not, or cannot be told.
@@ -109,7 +108,7 @@ def verify_resume(arguments: Arguments, tamper: Callable[[Path], None] | None = 
         with _ended_by_signals():
             parents.meet()
             for number in range(1, len(trial.phases) + 1):
-                _run_phase(trial, parents, arguments, number, tamper)
+                _run_phase(trial, parents, arguments, number)
         if rank:
             return 0
         is_proven = _tell_verdict(trial)
@@ -169,13 +168,7 @@ def _ended_by_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _run_phase(
-    trial: Trial,
-    parents: Parents,
-    arguments: Arguments,
-    number: int,
-    tamper: Callable[[Path], None] | None,
-) -> None:
+def _run_phase(trial: Trial, parents: Parents, arguments: Arguments, number: int) -> None:
     """One phase; every parent must call this.
 
     Raises:
@@ -187,8 +180,6 @@ def _run_phase(
         print(f"Phase {number} of {len(trial.phases)}: {phase.title}", flush=True)
         run = trial.run(phase.run).path
         write_json(settings, trial_settings(arguments, run, trial.num_steps))
-        if number == len(trial.phases) and tamper is not None:
-            tamper(trial.checkpoint(KILLED, trial.num_steps))
     order = parents.order(number)
     is_due, pause = None, POLL_SECONDS
     if phase.kill_step is not None:

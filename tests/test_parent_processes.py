@@ -60,6 +60,13 @@ def test_children_are_killed_when_it_is_due(tmp_path: Path) -> None:
     assert both[0].reports(1) == [{"code": -9, "was_killed": True}] * 2
 
 
+def test_a_child_that_ends_by_itself_does_not_count_as_killed(tmp_path: Path) -> None:
+    (alone,) = parents(tmp_path, 1)
+    alone.meet()
+    alone.run_child(1, 0, [sys.executable, "-c", ""], is_due=lambda: True, poll_seconds=2)
+    assert alone.reports(1) == [{"code": 0, "was_killed": False}]
+
+
 def test_a_child_whose_peer_has_failed_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
