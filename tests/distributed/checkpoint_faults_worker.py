@@ -31,8 +31,9 @@ from llm_training.launch import build_accelerator
 from llm_training.launch_settings import read_launch_settings
 from llm_training.modeling import CausalLMWithLoss, build_model, fit_config, load_config
 from llm_training.optim import build_optimizer
-from llm_training.ranks import backward_options, leave
+from llm_training.ranks import leave
 from llm_training.state import TrainState
+from llm_training.updates import backward, finish_step
 from tests.distributed import resume_worker
 from tests.distributed.resume_worker import over_ranks, read
 
@@ -53,9 +54,8 @@ class Run:
         """One update; what it learns does not matter here."""
         tokens = torch.arange(16).view(1, 16)
         loss, _ = self.model(input_ids=tokens, labels=tokens)
-        self.accelerator.backward(loss, **backward_options(self.accelerator))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        backward(self.accelerator, self.model, loss)
+        finish_step(self.accelerator, self.model, self.optimizer, None, lambda norm: True)
         self.state.step += 1
 
 

@@ -33,6 +33,7 @@ from llm_training.data.rows.windows import TrainingWindows
 from llm_training.launch_settings import read_launch_settings
 from llm_training.outputs import OutputFolder
 from llm_training.ranks import leave
+from llm_training.stopping import StopRequest
 
 CURVES = {
     "loss": "train/loss",
@@ -128,7 +129,7 @@ def run_case(case: dict[str, Any], recorder: Recorder) -> dict[str, Any]:
         num_processes = read_launch_settings().data_parallel_size
         arguments = read_arguments(case["words"], num_processes=num_processes)
         try:
-            train_llm.run_training(arguments)
+            train_llm.run_training(arguments, StopRequest())
         except train_llm.EXPECTED_ERRORS as error:  # a refusal, on every rank alike
             return {"refused": f"{type(error).__name__}: {error}"}
         record = record_of(OutputFolder(str(arguments.output_dir)), recorder.take_samples())
