@@ -283,7 +283,7 @@ def optimizer_step(run: Run, window: list[Batch], num_tokens: int) -> StepResult
     if not verdict.is_ok:
         layers = norms_by_layer(accelerator, run.model) if num_tokens else {}
         drop_gradients(accelerator, run.model, run.optimizer)
-        return StepResult(total_loss, math.nan, False, verdict, layers, decision)
+        return StepResult(total_loss, num_tokens, math.nan, False, verdict, layers, decision)
 
     def accept(grad_norm: float) -> bool:
         nonlocal verdict, layers
@@ -293,7 +293,8 @@ def optimizer_step(run: Run, window: list[Batch], num_tokens: int) -> StepResult
 
     limit = run.arguments.max_grad_norm
     outcome = finish_step(accelerator, run.model, run.optimizer, limit, accept)
-    return StepResult(total_loss, outcome.grad_norm, outcome.is_applied, verdict, layers, decision)
+    norm, is_applied = outcome.grad_norm, outcome.is_applied
+    return StepResult(total_loss, num_tokens, norm, is_applied, verdict, layers, decision)
 
 
 def obey(run: Run, decision: Decision) -> None:
@@ -319,9 +320,11 @@ def obey(run: Run, decision: Decision) -> None:
 def decay_now(run: Run) -> None:
     """Begins the final decay of warmup-stable-decay; the run ends with it."""
     state, before = run.state, run.plan
-    if state.decay_from is None:
-        state.decay_from = state.step
-        make_plan_anew(run)
+    if state.decay_from is not None:
+        run.tracking.say(f"DECAY changes nothing: it has begun at step {state.decay_from}")
+        return
+    state.decay_from = state.step
+    make_plan_anew(run)
     if run.plan.schedule == before.schedule:
         state.decay_from = None
         kind = run.arguments.lr_scheduler_type

@@ -49,14 +49,17 @@ def write_skipped(run: Run, result: StepResult, first: int, sample_ids: NDArray[
         rows = run.plan.rows.batch(sample_ids)["input_ids"]
         texts = [str(run.tokenizer.decode(row)) for row in rows]
     step = run.state.step + 1
-    write_dump(
-        run.output.skipped / f"step-{step:08d}-samples-{first}.json",
-        step=step,
-        sample_ids=sample_ids.tolist(),
-        losses=[result.loss_sum / max(1, len(sample_ids) * (run.plan.block_size - 1))],
-        norms_by_layer=result.norms_by_layer,
-        texts=texts,
-    )
+    try:
+        write_dump(
+            run.output.skipped / f"step-{step:08d}-samples-{first}.json",
+            step=step,
+            sample_ids=sample_ids.tolist(),
+            losses=[result.loss_sum / max(1, result.num_tokens)],
+            norms_by_layer=result.norms_by_layer,
+            texts=texts,
+        )
+    except OSError as error:  # the training is worth more
+        run.tracking.say(f"warning: what was in step {step} could not be written down: {error}")
 
 
 def go_back(run: Run) -> bool:

@@ -78,7 +78,7 @@ class StepResult:
     """What came of one step, the same on every rank.
 
     Attributes:
-        loss_sum: summed loss in nats.
+        loss_sum: summed loss in nats, of `num_tokens` predicted tokens.
         grad_norm: before clipping; NaN where it was not measured.
         is_applied: whether the weights were updated.
         verdict: why not, but for fp16's overflows.
@@ -87,6 +87,7 @@ class StepResult:
     """
 
     loss_sum: float
+    num_tokens: int
     grad_norm: float
     is_applied: bool
     verdict: Verdict

@@ -139,6 +139,17 @@ BAD_DATA: list[tuple[dict[str, Any], list[str]]] = [
     (CHAT | {"tokenizer_name": "bpe"}, ["tokenizer_name=bpe", "no chat template"]),
     ({"chat_template": "{{ messages }}"}, ["chat_template", "no effect on text"]),
     ({"special_tokens": ["<a>"], "tokenizer_name": "gpt2"}, ["special_tokens", "made here"]),
+    (
+        {
+            "train_file": None,
+            "dataset_name": "a/b",
+            "streaming": True,
+            "max_steps": 9,
+            "eval_steps": None,
+            "max_rewinds": 1,
+        },
+        ["max_rewinds=1 with streaming=true", "a stream cannot go back"],
+    ),
     ({"shuffle_buffer_size": 7}, ["shuffle_buffer_size=7", "no effect without streaming"]),
     (
         {"train_file": None, "dataset_name": "a/b", "streaming": True, "eval_steps": None},

@@ -399,6 +399,20 @@ CONTRADICTIONS = {
 }
 
 
+def test_saving_from_memory_is_refused_where_it_cannot_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert problems_of(launched(DDP, DDP_FILE), async_save=True) == []
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    (problem,) = problems_of(launched(DDP, DDP_FILE), async_save=True)
+    assert "async_save=true works on one machine, and this run is on several" in problem
+    assert problems_of(launched(DDP, DDP_FILE)) == []
+    monkeypatch.setattr("os.path.isdir", lambda path: False)
+    (problem,) = problems_of(launched(DDP, DDP_FILE), async_save=True)
+    assert "needs the memory folder /dev/shm of Linux" in problem
+
+
 @pytest.mark.parametrize("name", CONTRADICTIONS)
 def test_one_contradiction(name: str) -> None:
     launch, arguments, says = CONTRADICTIONS[name]

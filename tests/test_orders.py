@@ -90,9 +90,11 @@ def test_decay_begins_at_once_also_after_a_stop(
         line["train/learning_rate"] for line in read_log(train("plain")) if "train/loss" in line
     ]
     with monkeypatch.context() as patch:
-        touch_at(patch, {5: "DECAY", 6: "STOP"})
+        touch_at(patch, {5: "DECAY", 6: "DECAY", 7: "STOP"})
         folder = train("short")
-    assert "DECAY: the run now ends at step 8" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "DECAY: the run now ends at step 8" in said
+    assert "DECAY changes nothing: it has begun at step 5" in said
     train("short")
     log = [line for line in read_log(folder) if "train/loss" in line]
     assert [line["step"] for line in log] == list(range(1, 9))
