@@ -46,7 +46,7 @@ equivalence: $(FOR_RUNS)  ## Train under every backend, print how far the curves
 	@$(VENV_PYTHON) benchmarks/equivalence.py
 
 chaos: $(FOR_TESTS)  ## Kill small runs 200 times, compare them with ones never killed (6 minutes)
-	@$(VENV_PYTHON) -m tests.distributed.chaos --kills 200
+	@$(VENV_PYTHON) -m tests.faults.chaos --kills 200
 
 docs: $(FOR_RUNS)  ## Rewrite the README's table of arguments
 	@$(VENV_PYTHON) docs/make_argument_table.py

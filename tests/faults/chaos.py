@@ -1,6 +1,6 @@
 """Kills runs with SIGKILL again and again, and compares what they come to with one never killed.
 
-    python -m tests.distributed.chaos --kills 200 --seed 1 [--backends single ddp fsdp zero2 async]
+    python -m tests.faults.chaos --kills 200 --seed 1 [--backends single ddp fsdp zero2 async]
 
 Half of the kills come at a random moment of the run, to all ranks at once. The other half come from
 within, at a random one of the calls with which a rank opens, makes, renames or removes something in

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.launching import ROOT, LaunchFailed, environment_of, launch
-from tests.distributed.updates_worker import FAULTS, GOOD_STEPS
+from tests.faults.updates_worker import FAULTS, GOOD_STEPS
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 

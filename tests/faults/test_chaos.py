@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from tests.distributed.chaos import BACKENDS
 from tests.distributed.launching import ROOT, clean_environment
+from tests.faults.chaos import BACKENDS
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -15,7 +15,7 @@ NUM_KILLS = 30
 LOST_RANDOM_STATE = """
 import sys
 from llm_training import checkpointing
-from tests.distributed import chaos
+from tests.faults import chaos
 checkpointing.restore_random_state = lambda *args, **kwargs: None
 sys.exit(chaos.main())
 """
@@ -34,7 +34,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_kills_at_any_moment_change_nothing() -> None:
-    ended = run("-m", "tests.distributed.chaos", "--kills", str(NUM_KILLS), "--seed", "3")
+    ended = run("-m", "tests.faults.chaos", "--kills", str(NUM_KILLS), "--seed", "3")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     lines = ended.stdout.splitlines()
     assert [line.partition(":")[0] for line in lines] == list(BACKENDS)
