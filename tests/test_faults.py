@@ -10,8 +10,6 @@ import json
 import math
 import os
 import shutil
-import socket
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -19,21 +17,17 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import mlflow
 import numpy as np
 import psutil  # type: ignore[import-untyped]
 import pytest
-from accelerate import Accelerator
 
 import train_llm
-from arguments import Arguments
 from llm_training.data.tokens import encoding
 from llm_training.data.tokens.tokenizers import train_tokenizer
 from llm_training.stopping import Stopped
-from llm_training.tracking import Tracking, TrackingError
+from llm_training.tracking import Tracking
 from tests.small_runs import (
     TEXT,
     curve,
@@ -285,87 +279,6 @@ def test_locale_and_hash_seed_change_no_result(train: Train, place: Path) -> Non
 
 
 # -------------------------------------------------------------------------------------- tracking
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database without runs; making its tables takes seconds, copying it none."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture
-def start(place: Path, empty_store: Path) -> Any:
-    """Starts the tracking of a run in out/, with MLflow's database in mlflow.db."""
-    shutil.copy(empty_store, "mlflow.db")
-    yield lambda **settings: Tracking(
-        Accelerator(cpu=True), Arguments(run_name="tiny", **settings), Path("out"), parameters={}
-    )
-    while mlflow.active_run():
-        try:
-            mlflow.end_run("KILLED")
-        except mlflow.MlflowException:  # its database is gone; it is ended all the same
-            continue
-
-
-def test_a_server_that_never_answers_is_an_error_at_the_start(
-    start: Callable[..., Tracking], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    began = time.monotonic()
-    refusal = pytest.raises(TrackingError, match=r"mlflow could not be started.*tracking_uri")
-    with socket.create_server(("127.0.0.1", 0)) as silent, refusal:
-        start(tracking_uri=f"http://127.0.0.1:{silent.getsockname()[1]}")
-    assert 1 < time.monotonic() - began < 5
-
-
-def test_a_locked_database_costs_a_warning_and_no_point(
-    start: Callable[..., Tracking],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    from mlflow.store.db import utils
-
-    # MLflow itself waits 20 seconds for SQLite.
-    text = utils.sql.text
-    hasty = SimpleNamespace(text=lambda words: text(words.replace("= 20000", "= 50")))
-    monkeypatch.setattr(utils, "sql", hasty)
-    tracking = start()
-    holder = sqlite3.connect("mlflow.db")
-    holder.execute("BEGIN EXCLUSIVE")
-    tracking.log({"train/loss": 3.0}, 1)
-    tracking.log({"train/loss": 2.0}, 2)
-    holder.rollback()
-    holder.close()
-    tracking.finish("FINISHED")
-    said = capsys.readouterr().out
-    assert said.count("database is locked") == 1
-    assert "failed 1 times; no metrics are missing there" in said
-    points = mlflow.MlflowClient().get_metric_history(str(tracking.run_id), "train/loss")
-    assert sorted((point.step, point.value) for point in points) == [(1, 3.0), (2, 2.0)]
-
-
-def test_a_database_that_goes_away_does_not_end_the_run(
-    start: Callable[..., Tracking], place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tracking = start()
-    tracking.log({"train/loss": 3.0}, 1)
-    (place / "mlflow.db").unlink()
-    tracking.log({"train/loss": 2.0}, 2)
-    tracking.finish("FINISHED")
-    said = capsys.readouterr().out
-    assert said.count("Training goes on, train_log.jsonl stays complete") == 1
-    assert "1 logged points are missing there" in said
-    assert [line["train/loss"] for line in read_log(place / "out")] == [3.0, 2.0]
-
-
-def test_an_experiment_name_that_mlflow_does_not_take_is_refused(
-    start: Callable[..., Tracking],
-) -> None:
-    with pytest.raises(TrackingError, match="maximum length of 500 characters"):
-        start(experiment_name="x" * 501)
 
 
 @pytest.mark.parametrize(

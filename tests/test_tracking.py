@@ -8,11 +8,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import shutil
+import signal
+import socket
+import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,10 +39,12 @@ from llm_training.tracking import (
     progress_line,
     redact,
 )
-from llm_training.tracking.mlflow_run import artifact_location, resolve_store
-from llm_training.tracking.steady_tracker import SteadyTracker
-from llm_training.tracking.train_log import TrainLog
+from llm_training.tracking.mlflow_run import MLflowRun, artifact_location, resolve_store
+from llm_training.tracking.single_point_runs import TensorBoardRun
+from llm_training.tracking.tracked_run import Point
+from llm_training.tracking.train_log import TrainLog, read_points
 
+ROOT = Path(__file__).resolve().parents[1]
 Start = Callable[..., Tracking]
 
 
@@ -60,17 +68,19 @@ def folder(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
-def start(folder: Path) -> Start:
-    """Starts the tracking of a run in `folder`/out, as the script does."""
+def start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """Starts the tracking of a run in `folder`/out, as the script does; kills it in the end."""
+    monkeypatch.setattr("llm_training.tracking.steady_tracker.SEND_INTERVAL_SECONDS", 0.0)
+    started = []
 
     def start_tracking(
-        resumed_step: int = 0,
+        resumed_step: int | None = 0,
         parameters: dict[str, Any] | None = None,
         tags: dict[str, str] | None = None,
         output_dir: str = "out",
         **settings: Any,
     ) -> Tracking:
-        return Tracking(
+        tracking = Tracking(
             Accelerator(cpu=True),
             Arguments(run_name="tiny", **settings),
             folder / output_dir,
@@ -78,15 +88,36 @@ def start(folder: Path) -> Start:
             tags=tags,
             resumed_step=resumed_step,
         )
+        started.append(tracking)
+        return tracking
 
-    return start_tracking
+    yield start_tracking
+    for tracking in started:
+        kill(tracking)
 
 
-@pytest.fixture(autouse=True)
-def no_run_left_active() -> Any:
-    yield
-    while mlflow.active_run():
-        mlflow.end_run("KILLED")
+def kill(tracking: Tracking) -> None:
+    """Stops all threads as kill -9 would: what was not sent is not sent, and no status is told."""
+    for tracker in tracking._trackers:
+        run: Any = tracker._run
+        run.closing_calls = lambda status, artifacts: []
+        tracker.begin_end("KILLED", (), seconds=-math.inf)
+        tracker._thread.join()
+
+
+def wait_until_sent(tracking: Tracking) -> None:
+    give_up_at = time.monotonic() + 30
+    while any(tracker.num_unsent for tracker in tracking._trackers):
+        assert time.monotonic() < give_up_at
+        time.sleep(0.01)
+
+
+def wait_for_rest(tracking: Tracking) -> None:
+    """Waits until a tracker that failed is left alone, and tries no more."""
+    give_up_at = time.monotonic() + 30
+    while not any(tracker._next_at > time.monotonic() + 1 for tracker in tracking._trackers):
+        assert time.monotonic() < give_up_at
+        time.sleep(0.01)
 
 
 def stored_run(run_id: str | None) -> Run:
@@ -106,6 +137,10 @@ def log_lines(folder: Path) -> list[dict[str, Any]]:
 def log_loss(tracking: Tracking, *steps: int) -> None:
     for step in steps:
         tracking.log({"train/loss": float(step)}, step)
+
+
+def point(step: int, **metrics: float) -> Point:
+    return Point(metrics or {"train/loss": 1.0}, step, 1.8e9 + step)
 
 
 # ---------------------------------------------------------------------------------- train_log.jsonl
@@ -136,20 +171,21 @@ def test_what_is_not_finite_is_valid_json_and_reads_back(folder: Path, start: St
 def test_a_resumed_log_loses_later_steps_and_the_torn_line_only(tmp_path: Path) -> None:
     log = TrainLog(tmp_path)
     for step in (0, 10, 20, 30, 40):
-        log.write({"train/loss": 1.0}, step)
-    log.write({"eval/loss": 2.0}, 20)
+        log.write(point(step))
+    log.write(point(20, **{"eval/loss": 2.0}))
     whole = log.path.read_bytes()
     with open(log.path, "ab") as file:
         file.write(b'{"step": 5, "train/lo')  # killed while writing
 
     resumed = TrainLog(tmp_path, resumed_step=20)
-    resumed.write({"train/loss": 3.0}, 30)
+    resumed.write(point(30, **{"train/loss": 3.0}))
 
     lines = log.path.read_bytes().splitlines()
     kept = [line for line in whole.splitlines() if json.loads(line)["step"] <= 20]
     assert lines[:-1] == kept  # to the byte, the times too
     assert json.loads(lines[-1])["train/loss"] == 3.0
     assert resumed.lines_removed == 3
+    assert read_points(tmp_path, 10) == [point(0), point(10)]
 
 
 def test_a_kill_while_the_log_is_rewritten_leaves_the_old_one(
@@ -157,7 +193,7 @@ def test_a_kill_while_the_log_is_rewritten_leaves_the_old_one(
 ) -> None:
     log = TrainLog(tmp_path)
     for step in (10, 20):
-        log.write({"train/loss": 1.0}, step)
+        log.write(point(step))
     before = log.path.read_bytes()
 
     def die(descriptor: int) -> None:
@@ -170,7 +206,7 @@ def test_a_kill_while_the_log_is_rewritten_leaves_the_old_one(
 
 
 def test_a_new_run_keeps_the_log_that_it_finds(tmp_path: Path) -> None:
-    TrainLog(tmp_path).write({"train/loss": 1.0}, 10)
+    TrainLog(tmp_path).write(point(10))
     log = TrainLog(tmp_path)
     assert log.path.read_bytes() == b""
     assert b'"step": 10' in (tmp_path / "train_log.old.jsonl").read_bytes()
@@ -179,7 +215,7 @@ def test_a_new_run_keeps_the_log_that_it_finds(tmp_path: Path) -> None:
 def test_a_full_disk_is_told_and_does_not_end_the_run(
     start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(self: TrainLog, metrics: dict[str, float], step: int) -> None:
+    def fail(self: TrainLog, point: Point) -> None:
         raise OSError(28, "No space left on device")
 
     tracking = start(report_to=["none"])
@@ -226,7 +262,7 @@ def test_the_status_is_the_true_one(start: Start, status: Any) -> None:
     tracking = start()
     tracking.finish(status)
     tracking.finish("FINISHED")  # a second call changes nothing,
-    tracking._accelerator.end_training()  # neither does Accelerate,
+    Accelerator(cpu=True).end_training()  # neither does Accelerate,
     mlflow.tracking.fluent._safe_end_run()  # nor MLflow's exit hook
     assert stored_run(tracking.run_id).info.status == status
 
@@ -235,7 +271,8 @@ def test_a_resumed_run_is_one_run_without_doubled_steps(folder: Path, start: Sta
     first = start()
     log_loss(first, 10, 20, 30)
     first.log({"eval/loss": 9.0}, 20)
-    mlflow.end_run("KILLED")  # after step 30; the checkpoint is of step 20
+    wait_until_sent(first)
+    kill(first)  # after step 30; the checkpoint is of step 20
 
     second = start(resumed_step=20)
     second.log({"eval/loss": 9.0}, 20)  # the evaluation of the checkpoint's own step
@@ -254,7 +291,7 @@ def test_a_resumed_run_is_one_run_without_doubled_steps(folder: Path, start: Sta
 def test_parameters_that_changed_at_a_resume_become_tags(start: Start) -> None:
     long = "x" * 7000
     first = start(parameters={"learning_rate": 0.1, "seed": 1, "long": long})
-    mlflow.end_run("KILLED")
+    kill(first)
     now = {"learning_rate": 0.2, "seed": 1, "long": long, "added": None}
     second = start(resumed_step=20, parameters=now)
 
@@ -273,7 +310,7 @@ def test_a_run_that_was_deleted_is_followed_by_a_new_one(
     start: Start, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = start()
-    mlflow.end_run("KILLED")
+    kill(first)
     MlflowClient().delete_run(str(first.run_id))
     second = start(resumed_step=20)
     assert second.run_id != first.run_id
@@ -285,7 +322,7 @@ def test_a_run_that_another_store_has_never_seen_is_followed_by_a_new_one(
     folder: Path, start: Start, empty_store: Path
 ) -> None:
     first = start()
-    mlflow.end_run("KILLED")
+    kill(first)
     shutil.copy(empty_store, folder / "other.db")
     second = start(resumed_step=20, tracking_uri="sqlite:///other.db")
     assert stored_run(second.run_id).data.tags["resumed_from_run"] == first.run_id
@@ -293,7 +330,7 @@ def test_a_run_that_another_store_has_never_seen_is_followed_by_a_new_one(
 
 def test_a_resumed_run_stays_in_its_experiment(start: Start) -> None:
     first = start(experiment_name="a/b")
-    mlflow.end_run("KILLED")
+    kill(first)
     second = start(resumed_step=20, experiment_name="c")
     assert second.run_id == first.run_id
     assert MlflowClient().get_experiment_by_name("c") is None
@@ -302,6 +339,7 @@ def test_a_resumed_run_stays_in_its_experiment(start: Start) -> None:
 def test_what_is_not_finite_stays_out_of_mlflow(start: Start) -> None:
     tracking = start()
     tracking.log({"train/loss": math.inf, "train/grad_norm": math.nan, "perf/mfu": 0.5}, 10)
+    wait_until_sent(tracking)
     assert set(stored_run(tracking.run_id).data.metrics) == {"perf/mfu"}
 
 
@@ -364,6 +402,11 @@ def test_an_experiment_name_with_a_quote_is_refused(start: Start) -> None:
         start(experiment_name="it's")
 
 
+def test_an_experiment_name_that_mlflow_does_not_take_is_refused(start: Start) -> None:
+    with pytest.raises(TrackingError, match="maximum length of 500 characters"):
+        start(experiment_name="x" * 501)
+
+
 def test_a_deleted_experiment_is_refused_with_the_way_out(folder: Path, start: Start) -> None:
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
     number = client.create_experiment("old")
@@ -376,8 +419,22 @@ def test_a_server_that_is_down_at_the_start_is_an_error(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(TrackingError, match=r"mlflow could not be started.*tracking_uri"):
+    with pytest.raises(
+        TrackingError, match=r"mlflow could not be started.*tracking_uri.*--tracking optional"
+    ):
         start(tracking_uri="http://me:password@127.0.0.1:9")
+
+
+def test_a_server_that_never_answers_is_an_error_at_the_start(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    began = time.monotonic()
+    refusal = pytest.raises(TrackingError, match=r"mlflow could not be started.*tracking_uri")
+    with socket.create_server(("127.0.0.1", 0)) as silent, refusal:
+        start(tracking_uri=f"http://127.0.0.1:{silent.getsockname()[1]}")
+    assert 1 < time.monotonic() - began < 10
 
 
 def test_a_start_that_fails_after_mlflow_started_leaves_no_finished_run(
@@ -385,84 +442,13 @@ def test_a_start_that_fails_after_mlflow_started_leaves_no_finished_run(
 ) -> None:
     with pytest.raises(TrackingError, match="could not be started"):
         start(parameters={"no(brackets)": 1})
-    assert mlflow.active_run() is None
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
     (experiment,) = client.search_experiments(filter_string="name = 'train_llm'")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FAILED"
 
 
-# --------------------------------------------------------------------------------- failing trackers
-
-
-class FlakyTracker:
-    """A tracker that fails while `is_down`, and always on a step in `refused`."""
-
-    name = "flaky"
-
-    def __init__(self) -> None:
-        self.is_down = False
-        self.refused: set[int] = set()
-        self.steps: list[int] = []
-        self.num_calls = 0
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        self.num_calls += 1
-        if self.is_down or step in self.refused:
-            raise ConnectionError("no route to host")
-        self.steps.append(step)
-
-
-@pytest.fixture
-def flaky() -> SimpleNamespace:
-    """A steady tracker around a flaky one, with the lines it says and a clock to turn."""
-    parts = SimpleNamespace(tracker=FlakyTracker(), said=[], now=0.0)
-    parts.steady = SteadyTracker(parts.tracker, parts.said.append, lambda: parts.now)
-    return parts
-
-
-def test_an_outage_costs_few_calls_and_one_warning_and_is_made_up_for(
-    flaky: SimpleNamespace,
-) -> None:
-    flaky.tracker.is_down = True
-    for step in range(1000):  # a step a second
-        flaky.now = float(step)
-        flaky.steady.log({"train/loss": 1.0}, step)
-    assert flaky.tracker.num_calls < 10
-    assert len(flaky.said) == 1
-    assert "flaky failed (ConnectionError: no route to host)" in flaky.said[0]
-
-    flaky.tracker.is_down = False
-    flaky.now += 600
-    flaky.steady.log({"train/loss": 1.0}, 1000)
-    assert sorted(flaky.tracker.steps) == list(range(1001))
-
-
-def test_a_point_that_is_always_refused_does_not_hold_up_the_others(
-    flaky: SimpleNamespace,
-) -> None:
-    flaky.tracker.refused = {3}
-    for step in range(10):
-        flaky.now += 1000
-        flaky.steady.log({"train/loss": 1.0}, step)
-    assert not flaky.steady.send_waiting()  # as at the end
-    assert sorted(flaky.tracker.steps) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
-    flaky.steady.tell_losses()
-    assert "1 logged points are missing" in flaky.said[-1]
-
-
-def test_the_queue_of_waiting_points_is_bounded_and_losses_are_counted(
-    flaky: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("llm_training.tracking.steady_tracker.MAX_WAITING_POINTS", 5)
-    flaky.tracker.is_down = True
-    for step in range(8):
-        flaky.steady.log({"train/loss": 1.0}, step)
-    flaky.steady.tell_losses()
-    assert "8 logged points are missing" in flaky.said[-1]
-    flaky.tracker.is_down = False
-    flaky.steady.send_waiting()
-    assert len(flaky.tracker.steps) == 5
+# --------------------------------------------------------------------------- failures and kills
 
 
 def test_mlflow_breaking_down_in_mid_run_does_not_end_the_run(
@@ -473,24 +459,258 @@ def test_mlflow_breaking_down_in_mid_run_does_not_end_the_run(
 ) -> None:
     tracking = start(report_to=["mlflow", "tensorboard"])
     log_loss(tracking, 10)
+    wait_until_sent(tracking)
     with monkeypatch.context() as patch:
+        was_tried = threading.Event()
 
         def fail(*arguments: Any, **options: Any) -> None:
+            was_tried.set()
             raise ConnectionError("http://me:password@host is down")
 
-        patch.setattr(mlflow, "log_metrics", fail)
+        patch.setattr(MlflowClient, "log_batch", fail)
         log_loss(tracking, 20, 30)
+        assert was_tried.wait(30)
+        wait_for_rest(tracking)
     tracking.finish("FINISHED", [folder / "missing.json"])
 
     warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert len(warnings) == 2  # when it failed, and the count at the end
     assert "http://[redacted]@host is down" in warnings[0]
-    assert "failed 2 times; no metrics are missing" in warnings[1]
+    assert re.search(r"failed \d times; no metrics are missing", warnings[1])
     assert [line["step"] for line in log_lines(folder)] == [10, 20, 30]
     assert tensorboard_steps(folder) == [10, 20, 30]
     # What waited was sent at the end.
     assert [step for step, _ in stored_points(tracking.run_id, "train/loss")] == [10, 20, 30]
     assert stored_run(tracking.run_id).info.status == "FINISHED"
+
+
+def test_an_answer_that_is_lost_doubles_no_point(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_batch, calls = MlflowClient.log_batch, []
+
+    def lose_the_first_answer(*arguments: Any, **options: Any) -> None:
+        log_batch(*arguments, **options)
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise ConnectionError("timed out")
+
+    tracking = start()
+    monkeypatch.setattr(MlflowClient, "log_batch", lose_the_first_answer)
+    log_loss(tracking, 10, 20)
+    tracking.finish("FINISHED")
+    assert len(calls) > 1
+    assert stored_points(tracking.run_id, "train/loss") == [(10, 10.0), (20, 20.0)]
+
+
+def test_many_points_go_in_one_transaction_and_keep_their_times(
+    folder: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_batch, sizes = MlflowClient.log_batch, []
+    is_open = threading.Event()
+
+    def note(*arguments: Any, metrics: Any, **options: Any) -> None:
+        is_open.wait(30)
+        sizes.append(len(metrics))
+        log_batch(*arguments, metrics=metrics, **options)
+
+    tracking = start()
+    monkeypatch.setattr(MlflowClient, "log_batch", note)
+    for step in range(60):
+        tracking.log({f"m{index}": 0.5 for index in range(20)}, step)
+    is_open.set()
+    tracking.finish("FINISHED")
+    assert sum(sizes) == 1200
+    assert len(sizes) < 5 and max(sizes) == 1000  # MLflow's limit
+    history = MlflowClient().get_metric_history(str(tracking.run_id), "m7")
+    times = {point.step: point.timestamp for point in history}
+    assert times == {line["step"]: round(1000 * line["time"]) for line in log_lines(folder)}
+
+
+def test_points_that_a_kill_lost_follow_at_the_next_start(
+    folder: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = start()
+    log_loss(first, 10, 20)
+    wait_until_sent(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(MLflowRun, "send", lambda *arguments: time.sleep(0.2))  # swallowed
+        first.log({"train/loss": 30.0, "train/grad_norm": math.nan, "eval/loss": 3.0}, 30)
+        log_loss(first, 40, 50)
+        kill(first)
+    assert [step for step, _ in stored_points(first.run_id, "train/loss")] == [10, 20]
+
+    second = start(resumed_step=40)  # and so the lost points of 30 and 40 are not computed again
+    log_loss(second, 50, 60)
+    second.finish("FINISHED")
+    assert second.run_id == first.run_id
+    steps = [10, 20, 30, 40, 50, 60]
+    assert stored_points(first.run_id, "train/loss") == [(step, float(step)) for step in steps]
+    assert stored_points(first.run_id, "eval/loss") == [(30, 3.0)]
+    assert "train/grad_norm" not in stored_run(first.run_id).data.metrics
+    assert [line["step"] for line in log_lines(folder)] == steps
+
+
+KILLED_RUN = """
+import sys, time
+from pathlib import Path
+from accelerate import Accelerator
+from arguments import Arguments
+from llm_training.tracking import Tracking
+tracking = Tracking(Accelerator(cpu=True), Arguments(run_name="tiny"), Path("out"), parameters={})
+tracking.log({"train/loss": 10.0}, 10)
+while any(tracker.num_unsent for tracker in tracking._trackers):
+    time.sleep(0.01)
+print("lock it", flush=True)
+sys.stdin.readline()
+for step in (20, 30, 40):
+    tracking.log({"train/loss": float(step)}, step)
+print("logged", flush=True)
+time.sleep(300)
+"""
+
+
+def test_a_real_kill_while_another_process_locks_the_database(folder: Path, start: Start) -> None:
+    run = subprocess.Popen(
+        [sys.executable, "-c", KILLED_RUN], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+    )  # fmt: skip
+    assert run.stdin and run.stdout
+    assert run.stdout.readline() == "lock it\n"
+    holder = sqlite3.connect("mlflow.db")
+    holder.execute("BEGIN EXCLUSIVE")
+    print("go on", file=run.stdin, flush=True)
+    assert run.stdout.readline() == "logged\n"  # though nothing of it can be stored
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    holder.rollback()
+    holder.close()
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    run_id = (folder / "out" / "mlflow_run_id.txt").read_text().strip()
+    assert stored_points(run_id, "train/loss") == [(10, 10.0)]
+    assert stored_run(run_id).info.status == "RUNNING"
+
+    second = start(resumed_step=30)
+    log_loss(second, 40)
+    second.finish("FINISHED")
+    assert second.run_id == run_id
+    expected = [(step, float(step)) for step in (10, 20, 30, 40)]
+    assert stored_points(run_id, "train/loss") == expected
+    assert stored_run(run_id).info.status == "FINISHED"
+
+
+def test_a_locked_database_costs_a_warning_and_no_point(
+    start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow.store.db import utils
+
+    # MLflow itself waits 20 seconds for SQLite.
+    text = utils.sql.text
+    hasty = SimpleNamespace(text=lambda words: text(words.replace("= 20000", "= 50")))
+    monkeypatch.setattr(utils, "sql", hasty)
+    tracking = start()
+    holder = sqlite3.connect("mlflow.db")
+    holder.execute("BEGIN EXCLUSIVE")
+    log_loss(tracking, 1, 2)
+    wait_for_rest(tracking)
+    holder.rollback()
+    holder.close()
+    tracking.finish("FINISHED")
+    said = capsys.readouterr().out
+    assert said.count("database is locked") == 1
+    assert "no metrics are missing there" in said
+    assert stored_points(tracking.run_id, "train/loss") == [(1, 1.0), (2, 2.0)]
+
+
+def test_a_database_that_goes_away_does_not_end_the_run(
+    folder: Path, start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracking = start()
+    log_loss(tracking, 1)
+    wait_until_sent(tracking)
+    (folder / "mlflow.db").unlink()
+    log_loss(tracking, 2)
+    tracking.finish("FINISHED")
+    said = capsys.readouterr().out
+    assert said.count("Training goes on, train_log.jsonl stays complete") == 1
+    assert "1 logged points are missing there" in said
+    assert [line["step"] for line in log_lines(folder)] == [1, 2]
+
+
+def test_a_tracker_that_hangs_keeps_neither_the_loop_nor_the_end(
+    folder: Path,
+    start: Start,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    is_open = threading.Event()
+    monkeypatch.setattr(MlflowClient, "log_batch", lambda *args, **options: is_open.wait())
+    monkeypatch.setattr("llm_training.tracking.tracking.END_SECONDS", {"KILLED": 0.5})
+    tracking = start(report_to=["mlflow", "tensorboard"])
+    (tracker, _) = tracking._trackers
+    log_loss(tracking, *range(1, 101))
+    began = time.monotonic()
+    tracking.finish("KILLED")
+    assert time.monotonic() - began < 10
+    is_open.set()
+    tracker._thread.join()
+    said = capsys.readouterr().out
+    lost = "mlflow does not answer; 100 logged points and how the run ended are missing there"
+    assert lost in said
+    assert len(log_lines(folder)) == 100
+    assert tensorboard_steps(folder) == list(range(1, 101))  # the one does not hold up the other
+
+
+# ------------------------------------------------------------------------------- optional tracking
+
+
+def test_an_optional_tracker_that_is_down_costs_a_warning(
+    folder: Path,
+    start: Start,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    tracking = start(tracking="optional", tracking_uri="http://me:password@127.0.0.1:9")
+    log_loss(tracking, 10, 20)
+    tracking.finish("FINISHED")
+    said = capsys.readouterr().out
+    assert said.count("warning: mlflow could not be started (") == 1
+    assert "Training goes on with train_log.jsonl alone" in said
+    assert "mlflow could not be started; 2 logged points are missing there" in said
+    assert "password" not in said
+    assert tracking.run_id is None
+    assert [line["step"] for line in log_lines(folder)] == [10, 20]
+
+
+def test_an_optional_tracker_that_answers_later_gets_everything(
+    folder: Path, start: Start, empty_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "out").mkdir()
+    log = TrainLog(folder / "out")
+    log.write(point(10, **{"train/loss": 10.0}))  # of an earlier start
+    later = folder / "later"
+    later.write_text("no folder, so there can be no database in it")
+    tracking = start(
+        resumed_step=10, tracking="optional", tracking_uri=f"sqlite:///{later}/mlflow.db",
+        parameters={"seed": 1},
+    )  # fmt: skip
+    log_loss(tracking, 20, 30)
+    assert tracking.run_id is None
+    later.unlink()
+    later.mkdir()
+    shutil.copy(empty_store, later / "mlflow.db")
+    tracking.finish("FINISHED")
+    expected = [(step, float(step)) for step in (10, 20, 30)]
+    assert stored_points(tracking.run_id, "train/loss") == expected
+    run = stored_run(tracking.run_id)
+    assert (run.info.status, run.data.params) == ("FINISHED", {"seed": "1"})
+    assert "mlflow answers now" in capsys.readouterr().out
+
+
+def test_a_mistake_in_the_settings_is_an_error_though_tracking_is_optional(start: Start) -> None:
+    with pytest.raises(TrackingError, match="single quote"):
+        start(experiment_name="it's", tracking="optional")
 
 
 # ------------------------------------------------------------------------------------ other places
@@ -504,6 +724,11 @@ def tensorboard_steps(folder: Path) -> list[int]:
     return [event.step for event in events.Scalars("train/loss")]
 
 
+def wait_for_another_second() -> None:
+    """TensorBoard's files are in order only if they are not of the same second."""
+    time.sleep(1.01 - time.time() % 1)
+
+
 def test_tensorboard_gets_event_files_and_a_resumed_run_has_each_step_once(
     folder: Path, start: Start
 ) -> None:
@@ -512,11 +737,29 @@ def test_tensorboard_gets_event_files_and_a_resumed_run_has_each_step_once(
     first = start(parameters=parameters, **settings)
     log_loss(first, 10, 20, 30)
     first.finish("KILLED")
+    wait_for_another_second()
     second = start(resumed_step=20, parameters=parameters, **settings)
     log_loss(second, 30, 40)
     second.finish("FINISHED")
     assert tensorboard_steps(folder) == [10, 20, 30, 40]
     assert not (folder / "mlartifacts").exists()
+
+
+def test_tensorboard_gets_what_a_kill_lost(
+    folder: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = start(report_to=["tensorboard"])
+    log_loss(first, 10)
+    wait_until_sent(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorBoardRun, "send", lambda *arguments: time.sleep(0.2))  # swallowed
+        log_loss(first, 20, 30)
+        kill(first)
+    wait_for_another_second()
+    second = start(resumed_step=20, report_to=["tensorboard"])
+    log_loss(second, 30)
+    second.finish("FINISHED")
+    assert tensorboard_steps(folder) == [10, 20, 30]
 
 
 def test_a_tracker_that_is_not_installed_is_an_error(
@@ -534,7 +777,9 @@ def test_wandb_is_started_the_way_accelerate_starts_it(
     """W&B itself is not installed here: this holds what we hand to it."""
     calls: list[Any] = []
     run = SimpleNamespace(
-        log=lambda values, step: calls.append((values, step)), finish=lambda: calls.append("end")
+        step=21,
+        log=lambda values, step: calls.append((values, step)),
+        finish=lambda: calls.append("end"),
     )
     config = SimpleNamespace(update=lambda values, allow_val_change: calls.append(values))
 
@@ -544,13 +789,17 @@ def test_wandb_is_started_the_way_accelerate_starts_it(
 
     fake = SimpleNamespace(init=init, config=config, __spec__=object())
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    tracking = start(report_to=["wandb"], parameters={"seed": 1}, tags={"git": "abc"})
-    log_loss(tracking, 10)
+    log = TrainLog(folder / "out")
+    for step in (10, 20, 30):
+        log.write(point(step))
+    tracking = start(30, report_to=["wandb"], parameters={"seed": 1}, tags={"git": "abc"})
+    log_loss(tracking, 40)
     tracking.finish("FINISHED")
     assert calls == [
         {"project": "train_llm", "name": "tiny", "dir": str(folder / "out"), "resume": "auto"},
         {"seed": 1, "git": "abc"},
-        ({"train/loss": 10.0}, 10),
+        ({"train/loss": 1.0}, 30),  # which W&B lacks
+        ({"train/loss": 40.0}, 40),
         "end",
     ]
 

@@ -1,23 +1,26 @@
 """The MLflow side of a run: which store, which experiment, and what an earlier start wrote there.
 
-Accelerate's MLflow tracker starts the run and logs to it. Here is what it leaves to the script: a
-store and an artifact folder that do not depend on what lies in the working folder, a run that can
-go on after a kill, and a true status. MLflow takes 1.4 s to import, hence inside functions.
+Accelerate's MLflow tracker starts the run, notes its parameters and uploads files. Here is what it
+leaves to the script: a store and an artifact folder that do not depend on what lies in the working
+folder, a run that can go on after a kill, many points in one transaction, and a true status. MLflow
+takes 1.4 s to import, hence inside functions.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from llm_training.tracking.errors import TrackingError
 from llm_training.tracking.redaction import redact_url
+from llm_training.tracking.single_point_runs import Parameters, require_package
+from llm_training.tracking.tracked_run import Point, Status
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -26,19 +29,17 @@ if TYPE_CHECKING:
 
     from arguments import Arguments
 
-Status = Literal["FINISHED", "FAILED", "KILLED"]
-
 RUN_ID_FILE = "mlflow_run_id.txt"
 
-# A dead server must cost a step seconds, where MLflow's own defaults make it four minutes; and a
-# training machine calls nobody that its user did not name.
+# A dead server must cost the start and the end of a run seconds, where MLflow's own defaults make
+# it four minutes; and a training machine calls nobody that its user did not name.
 ENVIRONMENT_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 
-# These would go before the arguments that describe the run, so they are hidden from MLflow.
+# These would go before the arguments that describe the run, so they are taken away from MLflow.
 # MLFLOW_TRACKING_URI is not among them: it decides where tracking_uri is null.
 IGNORED_ENVIRONMENT = (
     "MLFLOW_EXPERIMENT_NAME",
@@ -49,61 +50,91 @@ IGNORED_ENVIRONMENT = (
 
 MAX_PARAMETER_LENGTH = 6000  # MLflow's limit in characters; Accelerate drops what is longer
 CUT_MARK = "... [cut]"
+MAX_METRICS_AT_ONCE = 1000  # MLflow's limit
 
 
 class MLflowRun:
-    """One MLflow run, new or gone on with.
+    """One MLflow run, new or gone on with; a `TrackedRun`.
 
-    The constructor finds the store, the experiment and the earlier run; `build_tracker` gives
-    Accelerate the tracker to start; `log_parameters` completes the started run. A point that the
-    store already has is not sent again: the steps between the last checkpoint and a kill are
-    computed twice, bit for bit, and MLflow would keep both.
+    A point that the store already has is not sent again: the steps between the last checkpoint and
+    a kill are computed twice, bit for bit, and MLflow would keep both. Every point keeps the time
+    at which it was logged: of two with the same name, step, value and time, as after an answer that
+    was lost, MLflow's databases keep one.
 
     Attributes:
         uri: of the store; absolute where it is a SQLite file.
+        run_id: MLflow's id of the run; None until it is started.
     """
+
+    name = "mlflow"
+    points_at_once = 100
 
     def __init__(
         self,
         arguments: Arguments,
         output_dir: Path,
+        parameters: Parameters,
         tags: dict[str, str],
         resumed_step: int | None,
         say: Callable[[str], None],
     ) -> None:
-        """Reaches the store; the arguments are those of `Tracking`.
+        """Prepares the environment and reaches nobody; the arguments are those of `Tracking`.
 
         Raises:
-            TrackingError: MLflow is missing, or the experiment's name cannot be used.
-            mlflow.exceptions.MlflowException: the store cannot be reached.
+            TrackingError: MLflow is missing.
         """
-        if importlib.util.find_spec("mlflow") is None:
-            raise TrackingError(
-                "report_to: mlflow is not installed. Install it (pip install mlflow) or leave it"
-                " out."
-            )
+        require_package("mlflow")
         for name, value in ENVIRONMENT_DEFAULTS.items():
             os.environ.setdefault(name, value)
         for name in IGNORED_ENVIRONMENT:
-            if name in os.environ:
+            if os.environ.pop(name, None) is not None:
                 say(f"warning: the environment's {name} is not used; the arguments decide")
         import mlflow
 
         logging.getLogger("mlflow.store.db").setLevel(logging.WARNING)  # each new table else
         self.uri = resolve_store(arguments.tracking_uri)
+        self.run_id: str | None = None
         mlflow.set_tracking_uri(self.uri)
-        self._client = mlflow.MlflowClient()
         self._run_id_file = output_dir / RUN_ID_FILE
         self._resumed_step = -1 if resumed_step is None else resumed_step
         self._experiment_name = arguments.experiment_name
         self._run_name = arguments.run_name
+        self._parameters = parameters
         self._tags = tags
-        # Also where a run was killed before its first checkpoint and begins anew.
-        self._earlier_run = self._find_earlier_run(say)
-        self._stored_points = self._read_stored_points()
-        _ensure_experiment(self._client, self._experiment_name, self.uri)
+        self._say = say
 
-    def _find_earlier_run(self, say: Callable[[str], None]) -> Run | None:
+    def start(self) -> None:
+        """Finds store, experiment and the earlier run, and has Accelerate's tracker start it.
+
+        Raises:
+            TrackingError: the experiment's name cannot be used.
+            mlflow.exceptions.MlflowException: the store cannot be reached.
+        """
+        from accelerate.tracking import MLflowTracker
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient(self.uri)
+        # Also where a run was killed before its first checkpoint and begins anew.
+        run = self._find_earlier_run()
+        self._stored_steps = self._read_stored_steps(run) if run else {}
+        _ensure_experiment(self._client, self._experiment_name, self.uri)
+        self._tracker: GeneralTracker = MLflowTracker(
+            self._experiment_name,
+            run_id=run.info.run_id if run else None,
+            run_name=self._run_name,
+            tags=self._tags,
+        )
+        try:
+            self._tracker.start()
+            self.run_id = str(self._tracker.tracker.info.run_id)
+            self._note_run_id(self.run_id)
+            self._log_parameters(self.run_id, run.data.params if run else {})
+        except BaseException:
+            with suppress(Exception):  # the first error tells more
+                end_active_run("FAILED")
+            raise
+
+    def _find_earlier_run(self) -> Run | None:
         """The run to go on with, in whichever experiment it is; None if there is none any more."""
         from mlflow.exceptions import MlflowException
 
@@ -117,68 +148,78 @@ class MLflowRun:
                 raise
             run = None
         if run is None or run.info.lifecycle_stage != "active":
-            say(f"warning: MLflow's run {run_id} is gone from the store; a new one is started")
+            self._say(
+                f"warning: MLflow's run {run_id} is gone from the store; a new one is started"
+            )
             self._tags = {**self._tags, "resumed_from_run": run_id}
             return None
         self._experiment_name = self._client.get_experiment(run.info.experiment_id).name
         return run
 
-    def _read_stored_points(self) -> set[tuple[str, int]]:
-        """The (metric, step) pairs logged from the resumed step on, which may come again."""
-        if not self._earlier_run:
-            return set()
-        run_id = self._earlier_run.info.run_id
+    def _read_stored_steps(self, run: Run) -> dict[str, set[int]]:
+        """The steps that the store has, for each metric."""
+        history = self._client.get_metric_history
         return {
-            (name, point.step)
-            for name in self._earlier_run.data.metrics
-            for point in self._client.get_metric_history(run_id, name)
-            if point.step >= self._resumed_step
+            name: {point.step for point in history(run.info.run_id, name)}
+            for name in run.data.metrics
         }
 
-    def build_tracker(self) -> GeneralTracker:
-        """Accelerate's tracker for this run, to be made and started in `ignored_environment`."""
-        from accelerate.tracking import MLflowTracker
+    def _note_run_id(self, run_id: str) -> None:
+        beside = self._run_id_file.with_suffix(".tmp")
+        beside.write_text(run_id + "\n", encoding="utf-8")
+        beside.replace(self._run_id_file)
 
-        return MLflowTracker(
-            self._experiment_name,
-            run_id=self._earlier_run.info.run_id if self._earlier_run else None,
-            run_name=self._run_name,
-            tags=self._tags,
-        )
+    def _log_parameters(self, run_id: str, stored: dict[str, str]) -> None:
+        """Notes the parameters that the store does not have.
 
-    def log_parameters(self, tracker: GeneralTracker, parameters: dict[str, Any]) -> str:
-        """Completes the run that the tracker started; returns its id and notes it in a file.
-
-        MLflow's parameters never change. Where a run goes on with another value than the stored
-        one, the tag `resume.STEP.NAME` says "stored -> now".
+        MLflow's never change. Where a run goes on with another value than the stored one, the tag
+        `resume.STEP.NAME` says "stored -> now".
         """
-        run_id: str = tracker.tracker.info.run_id
-        stored = self._earlier_run.data.params if self._earlier_run else {}
-        now = {name: _cut(str(value)) for name, value in parameters.items()}
-        tracker.store_init_configuration({name: now[name] for name in now if name not in stored})
+        now = {name: _cut(str(value)) for name, value in self._parameters.items()}
+        new = {name: now[name] for name in now if name not in stored}
+        self._tracker.store_init_configuration(new)
         for name in now:
             if name in stored and stored[name] != now[name]:
                 tag = f"resume.{max(0, self._resumed_step)}.{name}"
                 self._client.set_tag(run_id, tag, _cut(f"{stored[name]} -> {now[name]}"))
-        beside = self._run_id_file.with_suffix(".tmp")
-        beside.write_text(run_id + "\n", encoding="utf-8")
-        beside.replace(self._run_id_file)
-        return run_id
 
-    def points_to_send(self, metrics: dict[str, float], step: int) -> dict[str, float]:
-        """Leaves out what the store already has, and NaN and infinity (it keeps 1.8e308)."""
-        return {
-            name: value
-            for name, value in metrics.items()
-            if math.isfinite(value) and (name, step) not in self._stored_points
-        }
+    def missing(self, points: Sequence[Point]) -> list[Point]:
+        """Leaves out what the store had at the start, and NaN and infinity (it keeps 1.8e308)."""
+        nothing: set[int] = set()
+        wanted = []
+        for point in points:
+            metrics = {
+                name: value
+                for name, value in point.metrics.items()
+                if math.isfinite(value) and point.step not in self._stored_steps.get(name, nothing)
+            }
+            if metrics:
+                wanted.append(point._replace(metrics=metrics))
+        return wanted
+
+    def send(self, points: Sequence[Point]) -> None:
+        """Sends them in as few transactions as MLflow allows."""
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(name, value, round(1000 * point.time), point.step)
+            for point in self.missing(points)
+            for name, value in point.metrics.items()
+        ]
+        for first in range(0, len(metrics), MAX_METRICS_AT_ONCE):
+            part = metrics[first : first + MAX_METRICS_AT_ONCE]
+            self._client.log_batch(str(self.run_id), metrics=part, synchronous=True)
+
+    def closing_calls(self, status: Status, artifacts: Sequence[Path]) -> list[Callable[[], Any]]:
+        """Uploads the artifacts, and tells the status."""
+        uploads = [partial(self._tracker.log_artifact, str(path)) for path in artifacts]
+        return [*uploads, partial(end_active_run, status)]
 
 
 def end_active_run(status: Status) -> None:
-    """Ends MLflow's active run, if there is one, with the true status.
+    """Ends the active run of this thread, if there is one, with the true status.
 
-    Accelerate's `end_training` and MLflow's exit hook say FINISHED whatever happened; after this
-    they find no run to say it of.
+    Accelerate's MLflow tracker could only say FINISHED, whatever happened.
     """
     import mlflow
 
@@ -225,16 +266,6 @@ def _ensure_experiment(client: MlflowClient, name: str, uri: str) -> None:
             f" name, or restore it: MLFLOW_TRACKING_URI={redact_url(uri)}"
             f" mlflow experiments restore --experiment-id {experiment.experiment_id}"
         )
-
-
-@contextmanager
-def ignored_environment() -> Iterator[None]:
-    """Hides IGNORED_ENVIRONMENT while a run is started."""
-    hidden = {name: os.environ.pop(name) for name in IGNORED_ENVIRONMENT if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
 
 
 def _cut(value: str) -> str:

@@ -2,47 +2,45 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_training.tracking.errors import TrackingError, first_line
-from llm_training.tracking.mlflow_run import (
-    MLflowRun,
-    Status,
-    end_active_run,
-    ignored_environment,
-)
+from llm_training.tracking.mlflow_run import MLflowRun
 from llm_training.tracking.redaction import redact, redact_url
+from llm_training.tracking.single_point_runs import Parameters, TensorBoardRun, WandbRun
 from llm_training.tracking.steady_tracker import SteadyTracker
-from llm_training.tracking.train_log import TrainLog
+from llm_training.tracking.tracked_run import Point, Status, TrackedRun
+from llm_training.tracking.train_log import TrainLog, read_points
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from accelerate.tracking import GeneralTracker
 
     from arguments import Arguments
+
+# How long the end of a run waits for its trackers. A launcher kills what is still there 30 s after
+# SIGTERM, or after another process failed, and the last checkpoint has had its share of them.
+END_SECONDS: dict[Status, float] = {"FINISHED": 30.0, "FAILED": 10.0, "KILLED": 10.0}
 
 
 class Tracking:
     """What a run writes down, kept by the main process; on others every method does nothing.
 
     train_log.jsonl is always written and complete; the trackers, MLflow first, are for looking at
-    it. One that cannot be started stops the run at its start; one that fails later never does.
+    it. A thread for each sends it what is logged: one that fails, is slow or hangs in mid-run costs
+    the loop nothing. One that cannot be started ends the run at its start, unless
+    `arguments.tracking` is "optional".
 
-    No method communicates between processes: all of them may call it, or one. The trackers belong
-    to the thread that made this object, because MLflow's active run does.
+    A kill loses what a tracker was yet to be sent; the next start finds it in train_log.jsonl.
 
-    Attributes:
-        run_id: MLflow's id of the run; None without MLflow and on other processes.
+    No method communicates between processes: all of them may call it, or one.
     """
 
     def __init__(
@@ -58,7 +56,7 @@ class Tracking:
         """Starts the trackers of `arguments.report_to` and opens train_log.jsonl.
 
         Args:
-            accelerator: its trackers become those started here, whatever it was built with.
+            accelerator: says which process is the main one; it need not know the trackers.
             arguments: the logging group and `run_name`.
             output_dir: the run's folder; it also remembers which MLflow run goes on.
             parameters: what is noted of the run; secrets are taken out.
@@ -68,62 +66,66 @@ class Tracking:
         Raises:
             TrackingError: a tracker does not start as asked. On the main process only.
         """
-        self.run_id: str | None = None
         self._is_main_process: bool = accelerator.is_main_process
+        self._mlflow: MLflowRun | None = None
+        self._trackers: list[SteadyTracker] = []
         if not self._is_main_process:
             return
-        self._accelerator = accelerator
-        self._report_to = [name for name in arguments.report_to if name != "none"]
         self._output_dir = output_dir
-        self._mlflow: MLflowRun | None = None
         output_dir.mkdir(parents=True, exist_ok=True)
-        tags = redact(tags or {})
-        with self._start_errors_explained():
-            if "mlflow" in self._report_to:
-                self._mlflow = MLflowRun(arguments, output_dir, tags, resumed_step, self.say)
-            self._start_trackers(arguments, resumed_step)
-            self._log_parameters(redact(parameters), tags)
-        self._trackers = [SteadyTracker(tracker, self.say) for tracker in accelerator.trackers]
+        simple = {name: _to_simple_value(value) for name, value in redact(parameters).items()}
+        runs = self._build_runs(arguments, simple, redact(tags or {}), resumed_step)
+        earlier: list[Point] = []
+        if runs and resumed_step is not None:
+            earlier = read_points(output_dir, resumed_step)
+        for run in runs:
+            self._start_tracker(run, earlier, is_required=arguments.tracking == "required")
+        # Not before: a run that does not begin leaves the log as it is.
         self._train_log = self._open_train_log(resumed_step)
 
-    def _start_trackers(self, arguments: Arguments, resumed_step: int | None) -> None:
-        """Starts Accelerate's trackers, each told how to go on after the resumed step."""
-        trackers: list[GeneralTracker] = []
-        with ignored_environment():
-            if self._mlflow:
-                trackers.append(self._mlflow.build_tracker())
-            if "tensorboard" in self._report_to:
-                trackers.append(_build_tensorboard(self._output_dir, resumed_step))
-            if "wandb" in self._report_to:
-                trackers.append(_build_wandb(self._output_dir, arguments))
-            # Trackers and not their names: Accelerate leaves out a name that is not installed.
-            self._accelerator.log_with = trackers
-            self._accelerator.init_trackers(arguments.experiment_name)
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of the run; None without MLflow, on other processes, and until it answers."""
+        return self._mlflow.run_id if self._mlflow else None
 
-    def _log_parameters(self, parameters: dict[str, Any], tags: dict[str, str]) -> None:
-        simple = {name: _to_simple_value(value) for name, value in parameters.items()}
-        for tracker in self._accelerator.trackers:
-            if self._mlflow and tracker.name == "mlflow":
-                self.run_id = self._mlflow.log_parameters(tracker, simple)
-            else:  # the others have no tags
-                tracker.store_init_configuration({**simple, **tags})
+    def _build_runs(
+        self,
+        arguments: Arguments,
+        parameters: Parameters,
+        tags: dict[str, str],
+        resumed_step: int | None,
+    ) -> list[TrackedRun]:
+        """What `arguments.report_to` names, not started yet."""
+        folder, runs = self._output_dir, list[TrackedRun]()
+        with_tags: Parameters = {**parameters, **tags}  # where a tracker has none
+        if "mlflow" in arguments.report_to:
+            self._mlflow = MLflowRun(arguments, folder, parameters, tags, resumed_step, self.say)
+            runs.append(self._mlflow)
+        if "tensorboard" in arguments.report_to:
+            is_resumed = resumed_step is not None
+            runs.append(
+                TensorBoardRun(_tensorboard_folder(folder), with_tags, is_resumed=is_resumed)
+            )
+        if "wandb" in arguments.report_to:
+            runs.append(WandbRun(arguments, folder, with_tags))
+        self._report_to = [run.name for run in runs]
+        return runs
 
-    @contextmanager
-    def _start_errors_explained(self) -> Iterator[None]:
+    def _start_tracker(self, run: TrackedRun, earlier: list[Point], *, is_required: bool) -> None:
         """A run that does not start says what to do, and does not stay behind as FINISHED."""
+        tracker = SteadyTracker(run, self.say, earlier)
         try:
-            yield
+            tracker.start(is_required=is_required)
         except Exception as error:
-            self._accelerator.trackers.clear()
-            if self._mlflow:
-                end_active_run("FAILED")
+            self._end_trackers("FAILED", ())
             if isinstance(error, TrackingError):
                 raise
             raise TrackingError(
-                f"report_to: {' or '.join(self._report_to)} could not be started"
-                f" ({first_line(error)}). See to its server or store (tracking_uri),"
-                " or leave it out of report_to: train_log.jsonl is written in any case."
+                f"report_to: {run.name} could not be started ({first_line(error)}). See to its"
+                " server or store (tracking_uri), leave it out of report_to, or give"
+                " --tracking optional: train_log.jsonl is written in any case."
             ) from error
+        self._trackers.append(tracker)
 
     def _open_train_log(self, resumed_step: int | None) -> TrainLog:
         log = TrainLog(self._output_dir, resumed_step)
@@ -156,36 +158,31 @@ class Tracking:
         if not self._is_main_process:
             return
         values = {name: float(value) for name, value in metrics.items()}
+        point = Point(values, step, round(time.time(), 3))
         try:
-            self._train_log.write(values, step)
+            self._train_log.write(point)
         except OSError as error:
             self.say(f"warning: {self._train_log.path} lacks step {step} ({first_line(error)})")
         for tracker in self._trackers:
-            wanted = values
-            if self._mlflow and tracker.name == "mlflow":
-                wanted = self._mlflow.points_to_send(values, step)
-            if wanted:
-                tracker.log(wanted, step)
+            tracker.log(point)
 
     def finish(self, status: Status, artifacts: Sequence[Path] = ()) -> None:
         """Sends what waits, uploads the artifacts (files) to MLflow and ends every tracker.
 
-        Afterwards `accelerator.end_training()` has only the process group left to end, and no
-        chance to call a failed run FINISHED. A second call does nothing.
+        A tracker that needs longer than END_SECONDS is left to itself, and what it lacks is told.
+        A second call does nothing.
         """
-        if not self._is_main_process:
-            return
+        if self._is_main_process:
+            self._end_trackers(status, artifacts)
+            self._train_log.close()
+
+    def _end_trackers(self, status: Status, artifacts: Sequence[Path]) -> None:
+        give_up_at = time.monotonic() + END_SECONDS[status]
         for tracker in self._trackers:
-            is_answering = tracker.send_waiting()
-            if tracker.name == "mlflow":
-                for path in artifacts if is_answering else ():
-                    tracker.attempt(partial(tracker.tracker.log_artifact, str(path)))
-                tracker.attempt(partial(end_active_run, status))
-            tracker.attempt(tracker.tracker.finish)
-            tracker.tell_losses()
+            tracker.begin_end(status, artifacts, END_SECONDS[status])
+        for tracker in self._trackers:
+            tracker.wait_for_end(give_up_at - time.monotonic())
         self._trackers.clear()
-        self._accelerator.trackers.clear()
-        self._train_log.close()
 
     def review_hint(self) -> str:
         """The command, or the address, that opens this run for review."""
@@ -214,33 +211,6 @@ def _mlflow_command() -> str:
 
 def _tensorboard_folder(output_dir: Path) -> Path:
     return output_dir / "tensorboard"
-
-
-def _build_tensorboard(output_dir: Path, resumed_step: int | None) -> GeneralTracker:
-    _require_package("tensorboard")
-    from accelerate.tracking import TensorBoardTracker
-
-    # purge_step hides what was logged after the checkpoint and will be logged again. The first
-    # argument is a folder below the second: an experiment's name, such as /a/b, might leave it.
-    purge_step = None if resumed_step is None else resumed_step + 1
-    return TensorBoardTracker("", _tensorboard_folder(output_dir), purge_step=purge_step)
-
-
-def _build_wandb(output_dir: Path, arguments: Arguments) -> GeneralTracker:
-    _require_package("wandb")
-    from accelerate.tracking import WandBTracker
-
-    # "auto" goes on with a run that broke off in this folder; W&B ignores steps that it has.
-    return WandBTracker(
-        arguments.experiment_name, name=arguments.run_name, dir=str(output_dir), resume="auto"
-    )
-
-
-def _require_package(name: str) -> None:
-    if importlib.util.find_spec(name) is None:
-        raise TrackingError(
-            f"report_to: {name} is not installed. Install it (pip install {name}) or leave it out."
-        )
 
 
 def _to_simple_value(value: Any) -> bool | int | float | str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 from pathlib import Path
+
+from llm_training.tracking.tracked_run import Point
 
 FILE_NAME = "train_log.jsonl"
 
@@ -37,15 +38,28 @@ class TrainLog:
         # Unbuffered: a line is one write, and a failed one is not sent again with the next.
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
 
-    def write(self, metrics: dict[str, float], step: int) -> None:
+    def write(self, point: Point) -> None:
         """Appends one line; it has reached the operating system when this returns."""
-        line: dict[str, float | str] = {"step": step, "time": round(time.time(), 3)}
-        line |= {name: _to_json(value) for name, value in metrics.items()}
+        line: dict[str, float | str] = {"step": point.step, "time": point.time}
+        line |= {name: _to_json(value) for name, value in point.metrics.items()}
         self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
 
     def close(self) -> None:
         """Closes the file; once is enough, twice does no harm."""
         self._file.close()
+
+
+def read_points(folder: Path, last_step: int) -> list[Point]:
+    """What the log in `folder` holds up to a step, oldest first; torn lines are passed over."""
+    path = folder / FILE_NAME
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [_to_point(line) for line in lines if _is_whole_line_up_to(line, last_step)]
+
+
+def _to_point(line: bytes) -> Point:
+    record = json.loads(line)
+    step, time = record.pop("step"), record.pop("time")
+    return Point({name: float(value) for name, value in record.items()}, step, time)
 
 
 def _to_json(value: float) -> float | str:

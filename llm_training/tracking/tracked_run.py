@@ -1,0 +1,43 @@
+"""What passes between a run's record and a tracker, and what a tracker must be able to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+class Point(NamedTuple):
+    """What was logged at once: the metrics of a step, and when, in Unix seconds."""
+
+    metrics: dict[str, float]
+    step: int
+    time: float
+
+
+class TrackedRun(Protocol):
+    """One run in one tracker: MLflow's, TensorBoard's, W&B's.
+
+    All methods may raise anything and take any time. They are called on one thread, that of a
+    `SteadyTracker`, because what MLflow calls the active run belongs to a thread.
+    """
+
+    name: str
+    points_at_once: int  # of `send`, where the tracker takes many in one transaction
+
+    def start(self) -> None:
+        """Reaches the tracker and begins the run there, or goes on with it.
+
+        It is tried again after a failure, and leaves nothing behind that says FINISHED.
+        """
+
+    def missing(self, points: Sequence[Point]) -> list[Point]:
+        """What the tracker is to get of these points, which an earlier start may have sent."""
+
+    def send(self, points: Sequence[Point]) -> None:
+        """Sends them; after a failure all of them come again."""
+
+    def closing_calls(self, status: Status, artifacts: Sequence[Path]) -> list[Callable[[], Any]]:
+        """What ends the run there, in order; a call that fails does not keep the next from it."""

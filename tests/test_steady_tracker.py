@@ -1,0 +1,333 @@
+"""Proves that a tracker costs the loop nothing, whatever it does, and gets what can be sent.
+
+The tracker is made up: it fails, hangs and is slow when it is told to. Turns are taken one by one
+with a clock to set, or by the real thread; nothing is measured.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm_training.tracking import TrackingError
+from llm_training.tracking import steady_tracker as module
+from llm_training.tracking.steady_tracker import HANG_SECONDS, SteadyTracker
+from llm_training.tracking.tracked_run import Point, Status
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class FakeRun:
+    """A run in a tracker that fails while `is_down`, and always on a step in `refused`."""
+
+    name = "fake"
+
+    def __init__(self, points_at_once: int = 1) -> None:
+        self.points_at_once = points_at_once
+        self.is_down = False
+        self.refused: set[int] = set()
+        self.calls: list[Any] = []  # the steps of each sending, and what came after them
+        self.num_tries = 0
+        self.threads: set[str] = set()
+        self.is_open = threading.Event()
+        self.is_open.set()
+        self.was_entered = threading.Event()
+        self.start_errors: list[Exception] = []
+        self.before_send: Callable[[], None] = lambda: None
+
+    @property
+    def steps(self) -> list[int]:
+        return [step for call in self.calls if isinstance(call, list) for step in call]
+
+    def start(self) -> None:
+        self.threads.add(threading.current_thread().name)
+        if self.start_errors:
+            raise self.start_errors.pop(0)
+
+    def missing(self, points: Sequence[Point]) -> list[Point]:
+        return [point for point in points if point.step % 2]
+
+    def send(self, points: Sequence[Point]) -> None:
+        self.num_tries += 1
+        self.threads.add(threading.current_thread().name)
+        self.was_entered.set()
+        self.is_open.wait()
+        self.before_send()
+        if self.is_down or self.refused & {point.step for point in points}:
+            raise ConnectionError("no route to host")
+        self.calls.append([point.step for point in points])
+
+    def closing_calls(self, status: Status, artifacts: Sequence[Path]) -> list[Callable[[], Any]]:
+        return [lambda item=item: self.calls.append(str(item)) for item in [*artifacts, status]]
+
+
+class Setup:
+    """A tracker around a `FakeRun`, with the lines that it says and a clock to set."""
+
+    def __init__(self, points_at_once: int = 1, earlier: Sequence[Point] = ()) -> None:
+        self.run = FakeRun(points_at_once)
+        self.said: list[str] = []
+        self.now = 0.0
+        self.steady = SteadyTracker(self.run, self.said.append, earlier, lambda: self.now)
+
+    def log(self, *steps: int) -> None:
+        for step in steps:
+            self.steady.log(Point({"train/loss": 1.0}, step, 1.8e9))
+
+    def end(self, artifacts: Sequence[Path] = (), seconds: float = 30.0) -> None:
+        self.steady.begin_end("FINISHED", artifacts, seconds)
+        self.steady.turn()
+        self.steady.tell_losses()
+
+
+@pytest.fixture
+def hanging() -> Iterator[Setup]:
+    """A tracker, on its thread, that never comes back from its first sending."""
+    setup = Setup(points_at_once=10)
+    setup.run.is_open.clear()
+    setup.steady.start(is_required=True)
+    yield setup
+    setup.run.is_open.set()
+    setup.steady.begin_end("KILLED", (), 0.0)
+    setup.steady._thread.join(10)
+    assert not setup.steady._thread.is_alive()
+
+
+def started(points_at_once: int = 1, earlier: Sequence[Point] = ()) -> Setup:
+    """One whose turns the test takes."""
+    setup = Setup(points_at_once, earlier)
+    setup.steady.turn()
+    return setup
+
+
+# ------------------------------------------------------------------------------------- a slow one
+
+
+def test_logging_returns_though_the_tracker_never_does(hanging: Setup) -> None:
+    hanging.log(0)
+    assert hanging.run.was_entered.wait(10)
+    hanging.log(*range(1, 1000))  # the test would hang here
+    assert hanging.steady.num_unsent == 1000
+    assert hanging.run.calls == []
+
+
+def test_the_end_waits_its_time_and_no_longer(hanging: Setup) -> None:
+    hanging.log(0, 1, 2)
+    assert hanging.run.was_entered.wait(10)
+    hanging.steady.begin_end("FINISHED", (), 0.1)
+    hanging.steady.wait_for_end(0.1)  # the test would hang here
+    (line,) = hanging.said
+    lost = "3 logged points and how the run ended are missing there"
+    assert line == f"warning: fake does not answer; {lost}"
+
+
+def test_that_a_tracker_hangs_is_told_once(hanging: Setup) -> None:
+    hanging.log(0)
+    assert hanging.run.was_entered.wait(10)
+    hanging.now = HANG_SECONDS
+    hanging.log(1)
+    assert hanging.said == []
+    hanging.now += 1
+    hanging.log(2, 3)
+    (line,) = hanging.said
+    assert line.startswith("warning: fake has not answered for 60 s. Training goes on")
+
+
+def test_what_a_hang_held_up_follows_in_order_and_before_the_end(hanging: Setup) -> None:
+    hanging.log(0)
+    assert hanging.run.was_entered.wait(10)
+    hanging.log(*range(1, 35))
+    hanging.steady.begin_end("FINISHED", [Path("result.json")], 30.0)
+    hanging.run.is_open.set()
+    hanging.steady.wait_for_end(10.0)
+    *sent, artifact, status = hanging.run.calls
+    assert sent == [[0], [*range(1, 11)], [*range(11, 21)], [*range(21, 31)], [*range(31, 35)]]
+    assert (artifact, status) == ("result.json", "FINISHED")
+    assert hanging.said == []
+
+
+def test_one_thread_that_is_not_the_loops_touches_the_tracker(hanging: Setup) -> None:
+    hanging.run.is_open.set()
+    hanging.log(0, 1)
+    hanging.steady.begin_end("FINISHED", (), 30.0)
+    hanging.steady.wait_for_end(10.0)
+    assert hanging.run.threads == {"to fake"}
+
+
+@pytest.mark.parametrize("last_word", ["sys.exit(3)", "threading.Timer(0.1, sys.exit)"])
+def test_a_thread_that_hangs_keeps_no_process_alive(last_word: str) -> None:
+    code = f"""
+import sys, threading
+from llm_training.tracking.tracked_run import Point
+from tests.test_steady_tracker import FakeRun, SteadyTracker
+run = FakeRun()
+run.is_open.clear()
+tracker = SteadyTracker(run, print)
+tracker.start(is_required=True)
+tracker.log(Point({{}}, 0, 0.0))
+run.was_entered.wait()
+{last_word}
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60)
+    assert done.returncode == (3 if "3" in last_word else 0)
+
+
+def test_points_are_gathered_between_two_sendings() -> None:
+    setup = started(points_at_once=10)
+    for step in range(100):  # ten a second
+        setup.now = 0.1 * step
+        setup.log(step)
+        setup.steady.turn()
+    assert len(setup.run.calls) <= 10
+    setup.end()
+    assert setup.run.steps == [*range(100)]
+
+
+def test_the_status_does_not_wait_for_all_points_of_a_slow_tracker() -> None:
+    setup = started(points_at_once=10)
+
+    def take_five_seconds() -> None:
+        setup.now += 5
+
+    setup.run.before_send = take_five_seconds
+    setup.log(*range(100))
+    setup.end([Path("result.json")], seconds=20.0)
+    assert setup.run.calls[-1] == "FINISHED"
+    assert "result.json" not in setup.run.calls
+    assert setup.run.steps == [*range(30)]  # in 70% of the time
+    assert setup.said == ["warning: fake is too slow; 70 logged points are missing there"]
+
+
+# ----------------------------------------------------------------------------------- one that fails
+
+
+def test_an_outage_costs_few_calls_and_one_warning_and_is_made_up_for() -> None:
+    setup = started(points_at_once=100)
+    setup.run.is_down = True
+    for step in range(1000):  # a step a second
+        setup.now = float(step)
+        setup.log(step)
+        setup.steady.turn()
+    assert setup.run.num_tries < 10
+    (line,) = setup.said
+    assert "fake failed (ConnectionError: no route to host)" in line
+
+    setup.run.is_down = False
+    setup.now += 600
+    setup.log(1000)
+    setup.steady.turn()
+    assert sorted(setup.run.steps) == [*range(1001)]
+    setup.end()
+    assert "no metrics are missing there" in setup.said[-1]
+
+
+def fail_once(setup: Setup) -> None:
+    def fail() -> None:
+        if setup.run.num_tries == 1:
+            raise ConnectionError("reset by peer")
+
+    setup.run.before_send = fail
+
+
+def test_what_failed_together_follows_one_by_one_in_order() -> None:
+    setup = started(points_at_once=4)
+    fail_once(setup)
+    setup.log(*range(8))
+    setup.steady.turn()
+    assert setup.run.calls == [[0], [1], [2], [3], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("points_at_once", [1, 4, 100])
+def test_a_point_that_is_always_refused_does_not_hold_up_the_others(points_at_once: int) -> None:
+    setup = started(points_at_once)
+    setup.run.refused = {3}
+    setup.log(*range(10))
+    for _ in range(4):
+        setup.now += 1000
+        setup.steady.turn()
+    setup.end()
+    assert sorted(setup.run.steps) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert "1 logged points are missing" in setup.said[-1]
+    assert setup.run.calls[-1] == "FINISHED"
+
+
+def test_the_queue_is_bounded_and_losses_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_WAITING_POINTS", 5)
+    setup = started()
+    setup.run.is_down = True
+    setup.log(*range(4))
+    setup.steady.turn()
+    setup.log(*range(4, 8))
+    assert setup.steady.num_unsent == 5
+    setup.run.is_down = False
+    setup.end()
+    assert sorted(setup.run.steps) == [0, 4, 5, 6, 7]  # 0 was tried, and went behind the others
+    assert "3 logged points are missing" in setup.said[-1]
+
+
+def test_what_is_lost_on_its_way_while_the_queue_is_full_is_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "MAX_WAITING_POINTS", 5)
+    setup = started(points_at_once=3)
+    setup.run.is_down = True
+    setup.run.before_send = lambda: setup.log(*range(10, 15)) if setup.run.num_tries == 1 else None
+    setup.log(0, 1, 2)
+    setup.steady.turn()
+    setup.end()
+    assert setup.steady.num_unsent == 5
+    assert "8 logged points are missing" in setup.said[-1]
+
+
+# --------------------------------------------------------------------------------------- the start
+
+
+def test_earlier_points_that_are_missing_come_first_however_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "MAX_WAITING_POINTS", 5)
+    setup = Setup(points_at_once=100, earlier=[Point({}, step, 0.0) for step in range(40)])
+    setup.log(40, 41)
+    fail_once(setup)
+    setup.steady.turn()
+    assert setup.run.steps == [*range(1, 40, 2), 40, 41]
+
+
+def test_a_required_tracker_that_does_not_start_is_an_error() -> None:
+    setup = Setup()
+    setup.run.start_errors = [ConnectionError("no route")]
+    with pytest.raises(ConnectionError, match="no route"):
+        setup.steady.start(is_required=True)
+    setup.steady._thread.join(10)
+    assert not setup.steady._thread.is_alive()
+    assert setup.said == []
+
+
+def test_an_optional_one_is_tried_again_and_gets_everything() -> None:
+    setup = Setup(points_at_once=100, earlier=[Point({}, 1, 0.0)])
+    setup.run.start_errors = [ConnectionError("no route"), ConnectionError("no route")]
+    for step in range(2, 200):
+        setup.now += 1
+        setup.log(step)
+        setup.steady.turn()
+    assert setup.run.start_errors == []
+    setup.end()
+    assert setup.run.steps == [*range(1, 200)]
+    first, second, third = setup.said
+    assert "fake could not be started (ConnectionError: no route)" in first
+    assert "Training goes on with train_log.jsonl alone" in first
+    assert second == "fake answers now, and gets what was logged before"
+    assert "no metrics are missing there" in third
+
+
+def test_a_mistake_of_the_user_is_an_error_though_the_tracker_is_optional() -> None:
+    setup = Setup()
+    setup.run.start_errors = [TrackingError("choose another name")]
+    with pytest.raises(TrackingError, match="another name"):
+        setup.steady.start(is_required=False)
