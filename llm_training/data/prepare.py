@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -42,6 +43,9 @@ Say = Callable[[str], None]
 TOKENIZER_FOLDER = "tokenizer"
 # Only for the check of free space: text has seldom fewer bytes a token with a real vocabulary.
 _BYTES_PER_TOKEN = 3
+# A process takes a third of a second to start. More cannot be fed: one reads for all.
+_BYTES_A_PROCESS = 2**23
+_MOST_PROCESSES = 16
 
 
 def prepare_source(
@@ -270,7 +274,7 @@ def _write_tokens(
             )
             for name in recipe.splits()
         }
-        encoder = TextEncoder(tokenizer)
+        encoder = TextEncoder(tokenizer, _num_processes(recipe.num_bytes()))
         for part, ids, learned in encoder.encode(parts):
             document = part.document
             num_tokens = writers[part.split].write(ids, learned, is_last=document.is_last)
@@ -289,6 +293,13 @@ def _write_tokens(
     for name, writer in writers.items():
         _check_not_empty(name, writer, ledger)
     return {name: writer.meta() for name, writer in writers.items()}
+
+
+def _num_processes(num_bytes: int) -> int:
+    """How many processes encode so much text: one for each core, if it is worth their start."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(1, min(num_cores, _MOST_PROCESSES, num_bytes // _BYTES_A_PROCESS))
 
 
 @contextmanager

@@ -126,6 +126,18 @@ def test_what_is_left_out_is_in_the_ledger_with_its_bytes(corpus: Path) -> None:
     assert documents(data.train, data.tokenizer) == ["same text", "another text"]
 
 
+def test_a_store_is_the_same_from_one_process_or_many(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, Any] = {"tokenizer_name": "bpe", "vocab_size": 300}
+    alone = prepare(corpus, **changes, cache_dir=str(corpus.parent / "alone"))
+    monkeypatch.setattr("llm_training.data.prepare._BYTES_A_PROCESS", 1)
+    monkeypatch.setattr("llm_training.data.tokens.encoding._BATCH_CHARACTERS", 200)
+    together = prepare(corpus, **changes)
+    assert together.fingerprint == alone.fingerprint
+    assert together.ledger == alone.ledger
+
+
 def test_a_document_of_many_pieces_is_one_document(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,8 +9,8 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import cached_property
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer
 
 from llm_training.data.errors import DataError
+from llm_training.data.tokens.encoding_processes import EncodingProcesses, PlainEncoder
+from llm_training.data.tokens.words import SEPARATOR, is_local_normalizer, known_pattern
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +33,6 @@ _BATCHES_AT_A_TIME = 2
 # Longer pieces leave the cache, and take a third more time in all. Shorter documents are joined
 # to pieces of this length: one encoding for all costs less.
 _PIECE_CHARACTERS = 2**11
-_SEPARATOR = "\0"
 # Longer texts are cut even where that may change a token; cuts are looked for in the reach after.
 _WHOLE_CHARACTERS = 2**20
 _CUT_REACH = 2**16
@@ -39,27 +40,6 @@ _CUT_REACH = 2**16
 _WORD_AT_LINE_END = re.compile(r"[A-Za-z0-9](?=\n)")
 _LINE_END = re.compile(r"\S(?=\r?\n)")
 _WORD_END = re.compile(r"\S(?=\s)")
-# In none of these does a match hold a letter or digit followed by a newline, and what comes before
-# the newline cannot look beyond it. So words never reach over the cut, and neither do merges.
-_SPLITS_BEFORE_NEWLINE = frozenset(
-    (
-        # GPT-4 (cl100k), Llama 3
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        # Qwen2, Qwen3
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        # Qwen3.5
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
-        r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        # GPT-4o, gpt-oss (o200k)
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    )
-)
 
 
 class HasDocument(Protocol):
@@ -81,6 +61,11 @@ class _Piece(NamedTuple, Generic[P]):
     learned: tuple[tuple[int, int], ...] | None = None
 
 
+class _Encoded(NamedTuple):
+    ids: NDArray[np.uint32]
+    learned: NDArray[np.uint8] | None = None
+
+
 class _Tokens(NamedTuple):
     ids: NDArray[np.uint32]
     learned: NDArray[np.uint8] | None
@@ -93,12 +78,17 @@ class TextEncoder:
     No special token is read from plain text, and none is added to any. The tokenizer itself stays
     as it was: what is set here is set on a copy.
 
+    Args:
+        tokenizer: any of transformers'.
+        num_processes: how many processes encode, where that is worth it; 1: this one; 0: this one,
+            which leaves as much as it can to the library, for the sake of its other threads.
+
     Attributes:
         documents_cut_unsure: documents so far that were encoded in pieces, to bound the memory,
             although a token or two at each cut may not be those of the whole text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, num_processes: int = 0):
         self.documents_cut_unsure = 0
         self._tokenizer = tokenizer
         self._backend: Tokenizer | None = None
@@ -106,20 +96,23 @@ class TextEncoder:
         self._is_cut_unsure = False
         self._last_character = ""  # of the piece before, where its document goes on
         self._separator_id: int | None = None
+        self._num_processes = num_processes
+        self._processes: EncodingProcesses | None = None
         if tokenizer.is_fast:
             self._backend = _plain_copy(tokenizer)
             self._backend.encode_special_tokens = True
             self._may_cut = may_cut_before_newline(self._backend)
-            if self._may_cut and self._backend.token_to_id(_SEPARATOR) is None:
-                self._backend.add_tokens([AddedToken(_SEPARATOR, normalized=False)])
-                self._separator_id = self._backend.token_to_id(_SEPARATOR)
+            if self._may_cut and self._backend.token_to_id(SEPARATOR) is None:
+                self._backend.add_tokens([AddedToken(SEPARATOR, normalized=False)])
+                self._separator_id = self._backend.token_to_id(SEPARATOR)
+            self._plain = PlainEncoder(self._backend, self._separator_id if num_processes else None)
 
     @cached_property
-    def _plain_backend(self) -> Tokenizer:
-        """A copy without a separator, for texts that hold it; made when first needed."""
+    def _plain_encoder_of_separators(self) -> PlainEncoder:
+        """One without a separator, for texts that hold it; made when first needed."""
         backend = _plain_copy(self._tokenizer)
         backend.encode_special_tokens = True
-        return backend
+        return PlainEncoder(backend, None)
 
     @cached_property
     def _conversation_backend(self) -> Tokenizer:
@@ -157,11 +150,18 @@ class TextEncoder:
 
         Reading, converting and writing, which Python does on one core, cost no time of their own.
         """
-        with ThreadPoolExecutor(_BATCHES_AT_A_TIME) as threads:
-            waiting: deque[tuple[list[_Piece[P]], Future[list[Any]]]] = deque()
+        at_a_time = max(_BATCHES_AT_A_TIME, self._num_processes)
+        with ExitStack() as stack:
+            threads = stack.enter_context(ThreadPoolExecutor(at_a_time))
+            # The library uses all cores itself; words are looked up on one.
+            if self._num_processes > 1 and self._backend is not None and self._plain.has_words:
+                self._processes = stack.enter_context(
+                    EncodingProcesses(self._plain, self._num_processes)
+                )
+            waiting: deque[tuple[list[_Piece[P]], Future[list[_Encoded]]]] = deque()
             for batch in batches:
                 waiting.append((batch, threads.submit(self._encode_batch, batch)))
-                if len(waiting) > _BATCHES_AT_A_TIME:
+                if len(waiting) > at_a_time:
                     yield from self._with_tokens(*waiting.popleft())
             while waiting:
                 yield from self._with_tokens(*waiting.popleft())
@@ -191,7 +191,7 @@ class TextEncoder:
             and not self._last_character
             and document.learned is None
             and len(document.text) < _PIECE_CHARACTERS
-            and _SEPARATOR not in document.text
+            and SEPARATOR not in document.text
         )
 
     def _pieces_of(self, part: P) -> Iterator[_Piece[P]]:
@@ -234,54 +234,59 @@ class TextEncoder:
             return True
         return self._may_cut and bool(_WORD_AT_LINE_END.match(before + text[:1]))
 
-    def _encode_batch(self, batch: list[_Piece[P]]) -> list[Any]:
-        """An object with `ids` for each piece; what becomes of these costs time of its own."""
-        chosen: dict[Callable[[list[str]], list[Any]], list[int]] = {}
+    def _encode_batch(self, batch: list[_Piece[P]]) -> list[_Encoded]:
+        chosen: dict[Callable[[list[_Piece[P]]], list[_Encoded]], list[int]] = {}
         for i, piece in enumerate(batch):
             chosen.setdefault(self._way_to_encode(piece), []).append(i)
-        encodings: list[Any] = [None] * len(batch)
+        encoded: dict[int, _Encoded] = {}
         for encode, places in chosen.items():
-            for i, encoding in zip(places, encode([batch[i].text for i in places]), strict=True):
-                encodings[i] = encoding
-        return encodings
+            encoded.update(zip(places, encode([batch[i] for i in places]), strict=True))
+        return [encoded[i] for i in range(len(batch))]
 
-    def _way_to_encode(self, piece: _Piece[P]) -> Callable[[list[str]], list[Any]]:
+    def _way_to_encode(self, piece: _Piece[P]) -> Callable[[list[_Piece[P]]], list[_Encoded]]:
         if piece.learned is not None:
             return self._encode_conversations
+        if self._backend is None:
+            return self._encode_in_python
         is_joined = len(piece.parts) > 1
-        if self._separator_id is not None and not is_joined and _SEPARATOR in piece.text:
+        if self._separator_id is not None and not is_joined and SEPARATOR in piece.text:
             return self._encode_separators
         return self._encode_plain
 
-    def _encode_conversations(self, texts: list[str]) -> list[Any]:
-        return self._conversation_backend.encode_batch(texts, add_special_tokens=False)
+    def _encode_conversations(self, pieces: list[_Piece[P]]) -> list[_Encoded]:
+        texts = [piece.text for piece in pieces]
+        encodings = self._conversation_backend.encode_batch(texts, add_special_tokens=False)
+        return [
+            _Encoded(
+                _as_array(encoding.ids),
+                learned_tokens(piece.text, encoding.offsets, piece.learned or ()),
+            )
+            for piece, encoding in zip(pieces, encodings, strict=True)
+        ]
 
-    def _encode_separators(self, texts: list[str]) -> list[Any]:
-        return self._plain_backend.encode_batch_fast(texts, add_special_tokens=False)
+    def _encode_separators(self, pieces: list[_Piece[P]]) -> list[_Encoded]:
+        return _encoded(self._plain_encoder_of_separators.encode([piece.text for piece in pieces]))
 
-    def _encode_plain(self, texts: list[str]) -> list[Any]:
-        if self._backend is not None:
-            return self._backend.encode_batch_fast(texts, add_special_tokens=False)
+    def _encode_plain(self, pieces: list[_Piece[P]]) -> list[_Encoded]:
+        return _encoded((self._processes or self._plain).encode([piece.text for piece in pieces]))
+
+    def _encode_in_python(self, pieces: list[_Piece[P]]) -> list[_Encoded]:
         # Tokenizers that are written in Python have no batches and no copy to set.
         encoded = self._tokenizer(
-            texts,
+            [piece.text for piece in pieces],
             add_special_tokens=False,
             split_special_tokens=True,
             padding=False,
             truncation=False,
             verbose=False,
         )
-        return [SimpleNamespace(ids=ids) for ids in encoded["input_ids"]]
+        return [_Encoded(_as_array(ids)) for ids in encoded["input_ids"]]
 
     def _with_tokens(
-        self, batch: list[_Piece[P]], encodings: Future[list[Any]]
+        self, batch: list[_Piece[P]], encoded: Future[list[_Encoded]]
     ) -> Iterator[tuple[P, _Tokens]]:
-        for piece, encoding in zip(batch, encodings.result(), strict=True):
-            ids = _as_array(encoding.ids)
+        for piece, (ids, learned) in zip(batch, encoded.result(), strict=True):
             if len(piece.parts) == 1:
-                learned = None
-                if piece.learned is not None:
-                    learned = learned_tokens(piece.text, encoding.offsets, piece.learned)
                 yield piece.parts[0], _Tokens(ids, learned, piece.is_last)
                 continue
             start = 0
@@ -292,12 +297,16 @@ class TextEncoder:
 
 
 def _join(parts: list[P]) -> _Piece[P]:
-    return _Piece(parts, _SEPARATOR.join(part.document.text for part in parts))
+    return _Piece(parts, SEPARATOR.join(part.document.text for part in parts))
 
 
 def _as_array(ids: list[int]) -> NDArray[np.uint32]:
     # By way of an array of Python's: three times as fast as numpy on a list.
     return np.frombuffer(array("I", ids), np.uint32)
+
+
+def _encoded(arrays: list[array[int]]) -> list[_Encoded]:
+    return [_Encoded(np.frombuffer(ids, np.uint32)) for ids in arrays]
 
 
 def _plain_copy(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
@@ -384,33 +393,13 @@ def may_cut_before_newline(backend: Tokenizer) -> bool:
     """
     content = json.loads(backend.to_str())
     return (
-        _is_local_normalizer(content["normalizer"])
+        is_local_normalizer(content["normalizer"])
         and all("\n" not in t["content"] and not t["rstrip"] for t in content["added_tokens"])
         and (
-            _splits_before_newline(content["pre_tokenizer"])
+            known_pattern(content["pre_tokenizer"]) is not None
             or _has_no_merges(content["model"], content["pre_tokenizer"])
         )
     )
-
-
-def _is_local_normalizer(normalizer: dict[str, Any] | None) -> bool:
-    # NFC composes nothing across a newline.
-    return normalizer is None or normalizer["type"] == "NFC"
-
-
-def _splits_before_newline(pre_tokenizer: dict[str, Any] | None) -> bool:
-    match pre_tokenizer:
-        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
-            return True
-        case {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"} as split,
-                {"type": "ByteLevel", "add_prefix_space": False},
-            ],
-        }:
-            return regex in _SPLITS_BEFORE_NEWLINE and not split["invert"]
-    return False
 
 
 def _has_no_merges(model: dict[str, Any], pre_tokenizer: dict[str, Any] | None) -> bool:

@@ -28,7 +28,6 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase, PreTraine
 from llm_training.data.documents.sources import Document
 from llm_training.data.errors import DataError
 from llm_training.data.tokens.encoding import (
-    _SPLITS_BEFORE_NEWLINE,
     TextEncoder,
     cut_anyway,
     cut_before_newlines,
@@ -41,6 +40,7 @@ from llm_training.data.tokens.tokenizers import (
     TrainedKind,
     train_tokenizer,
 )
+from llm_training.data.tokens.words import SPLITS_BEFORE_NEWLINE
 
 # What stands before and after a line end in every way that a pattern may look at.
 AWKWARD = """don't
@@ -161,7 +161,7 @@ def test_pieces_give_the_tokens_of_the_whole(
     assert encode(tokenizer, text) == whole
 
 
-@pytest.mark.parametrize("pattern", sorted(_SPLITS_BEFORE_NEWLINE))
+@pytest.mark.parametrize("pattern", sorted(SPLITS_BEFORE_NEWLINE))
 def test_pieces_are_exact_for_each_known_pattern(
     pattern: str, python_text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
