@@ -187,6 +187,12 @@ class OptimizationArguments:
     weight_decay: float = arg(
         0.1, "Decay of the weight matrices; norms, biases and embeddings are never decayed."
     )
+    optim: Literal["adamw", "muon", "adamw_8bit"] = arg(
+        "adamw",
+        "adamw; muon: Muon for the matrices of the blocks, AdamW for embeddings, norms, biases and"
+        " the head, at the same learning rate; adamw_8bit: AdamW with moments in 8 bits, on GPUs"
+        " with the package bitsandbytes.",
+    )
     adam_beta1: float = arg(0.9, "AdamW's decay of the mean gradient.")
     adam_beta2: float = arg(0.95, "AdamW's decay of the mean squared gradient.")
     adam_epsilon: float = arg(1e-8, "AdamW's term against division by zero.")
@@ -227,6 +233,16 @@ class PrecisionArguments:
     )
     gradient_checkpointing: bool = arg(
         False, "Compute activations again in the backward pass: less memory, about a third slower."
+    )
+    chunked_loss: bool | None = arg(
+        None,
+        "Compute the loss over a part of the positions at a time, so that the logits never exist as"
+        " a whole; null: where they would take much memory.",
+    )
+    cpu_fast_path: bool = arg(
+        True,
+        "On a CPU, keep freed memory for the next step and compute GELU's tanh form in one"
+        " operation: the same function, faster.",
     )
     torch_compile: bool = arg(
         False, "Compile the model's blocks with torch.compile: slow to start, faster afterwards."
@@ -358,6 +374,11 @@ class LoggingArguments:
         choices=("mlflow", "tensorboard", "wandb", "none"),
     )
     experiment_name: str = arg("train_llm", "Experiment (project) that the run is filed under.")
+    tracking: Literal["required", "optional"] = arg(
+        "required",
+        "What follows a tracker that cannot be reached at the start: required: the run does not"
+        " begin; optional: it runs with train_log.jsonl alone, and says so.",
+    )
     tracking_uri: str | None = arg(
         None,
         "MLflow store or server; null: the environment's MLFLOW_TRACKING_URI, else ./mlflow.db.",

@@ -46,7 +46,7 @@ from llm_training.launch import LaunchError, seed_everything
 from llm_training.losses import count_predicted_tokens
 from llm_training.mishaps import leave_out, pass_over
 from llm_training.modeling import ModelError
-from llm_training.optim import set_learning_rate
+from llm_training.optim import OptimizerError, set_learning_rate
 from llm_training.outputs import OutputError, OutputFolder
 from llm_training.planning import PlanError
 from llm_training.ranks import (
@@ -82,6 +82,7 @@ EXPECTED_ERRORS = (
     ExportError,
     LaunchError,
     ModelError,
+    OptimizerError,
     OutputError,
     PlanError,
     RankError,
@@ -403,6 +404,8 @@ def log_progress(run: Run, learning_rate: float, grad_norm: float) -> None:
         metrics["train/epoch"] = epoch
     if (speed := run.meter.read()) is not None:
         metrics["perf/tokens_per_second"] = speed
+        if run.mfu_per_speed is not None:
+            metrics["perf/mfu"] = speed * run.mfu_per_speed
     if num_skipped := run.health.state.num_skipped:
         metrics["train/skipped_steps"] = num_skipped
     state.logged_loss_sum, state.logged_tokens = 0.0, 0

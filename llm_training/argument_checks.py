@@ -309,13 +309,23 @@ def _secret_problems(arguments: Arguments) -> Iterator[str]:
 def _machine_problems(arguments: Arguments) -> Iterator[str]:
     if arguments.mixed_precision == "fp16" and arguments.device == "cpu":
         yield "mixed_precision=fp16 does not train with device=cpu: use bf16, fp32 or auto"
+    if arguments.optim == "adamw_8bit":
+        if arguments.device in ("cpu", "mps"):
+            both = f"optim=adamw_8bit and device={arguments.device}"
+            yield f"{both} exclude each other: it works on CUDA GPUs; use optim=adamw"
+        elif not _is_installed("bitsandbytes"):
+            yield "optim=adamw_8bit needs a package: pip install bitsandbytes, or use optim=adamw"
     report_to = arguments.report_to
     if len(set(report_to)) < len(report_to) or ("none" in report_to and len(report_to) > 1):
         yield f"report_to={shown(report_to)}: name each tracker once, or none alone"
     for tracker in sorted({*report_to} - {"none"}):
-        spec = importlib.util.find_spec(tracker)
-        if spec is None or spec.origin is None:  # no origin: a folder ./wandb of earlier runs
+        if not _is_installed(tracker):
             yield f"report_to={tracker} is not installed: pip install {tracker}, or report_to=none"
+
+
+def _is_installed(package: str) -> bool:
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None  # none: a folder ./wandb of earlier runs
 
 
 def shown(value: Any) -> str:

@@ -1,12 +1,11 @@
 """What a checkpoint's folder holds: its manifest, whether the files are whole, and whose they are.
 
-The manifest is written last and lists every other file with its size and SHA-256. A folder without
+The manifest is written last and lists every other file with its size and checksum. A folder without
 one, or with a file that is not as listed, is no checkpoint.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -21,11 +20,12 @@ from typing import Any, NamedTuple
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from llm_training.checksums import CHECKSUMS, file_checksum
 from llm_training.model_state import CheckpointError, fail_together, on_main_process
 from llm_training.state import TrainState
 
-FORMAT_VERSION = 2
-SIZES_ONLY_VERSION = 1  # its manifests have no checksums
+FORMAT_VERSION = 3
+SIZES_ONLY_VERSION = 1  # its manifests have no checksums; those of version 2 have SHA-256
 MANIFEST = "manifest.json"
 TRAIN_STATE = "train_state.json"
 STEP_NAME = re.compile(r"step-(\d{8,})")
@@ -33,10 +33,22 @@ HASH_THREADS = 4  # hashing and reading both let other threads run
 
 
 class FileNote(NamedTuple):
-    """What a manifest says of a file; `sha256` in hex, None where it was not noted."""
+    """What a manifest says of a file: its size, and kind and hex of its checksum, if it has one."""
 
     num_bytes: int
-    sha256: str | None
+    checksum: tuple[str, str] | None
+
+    @classmethod
+    def read(cls, note: Any) -> FileNote:
+        """From the manifest's own form.
+
+        Raises:
+            KeyError, TypeError, ValueError: it has another.
+        """
+        if isinstance(note, int):
+            return cls(note, None)
+        (kind,) = (kind for kind in CHECKSUMS if kind in note)
+        return cls(int(note["bytes"]), (kind, str(note[kind])))
 
 
 @dataclass(frozen=True)
@@ -53,12 +65,7 @@ class Checkpoint:
     @property
     def files(self) -> dict[str, FileNote]:
         """By their names relative to the folder; the manifest itself is not among them."""
-        return {
-            name: FileNote(note, None)
-            if isinstance(note, int)
-            else FileNote(int(note["bytes"]), str(note["sha256"]))
-            for name, note in self.manifest["files"].items()
-        }
+        return {name: FileNote.read(note) for name, note in self.manifest["files"].items()}
 
     @property
     def num_bytes(self) -> int:
@@ -135,29 +142,30 @@ def check_contents(checkpoint: Checkpoint, names: Sequence[str]) -> None:
     Raises:
         CheckpointError: a file was changed since it was written, or cannot be read.
     """
-    noted = {name: checkpoint.files[name].sha256 for name in names}
-    names = [name for name in names if noted[name] is not None]
+    files = checkpoint.files
+    noted = {name: checksum for name in names if (checksum := files[name].checksum)}
     try:
-        found = hash_files(checkpoint.path, names)
+        found = hash_files(checkpoint.path, {name: kind for name, (kind, _) in noted.items()})
     except OSError as error:
         raise CheckpointError(f"{checkpoint.path} cannot be read: {error}.") from error
     for name, digest in found.items():
-        if digest != noted[name]:
+        kind, written = noted[name]
+        if digest != written:
             raise CheckpointError(
                 f"{checkpoint.path / name} is damaged: its content is not what was written"
-                " (another SHA-256)."
+                f" (another {kind})."
             )
 
 
-def hash_files(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """The SHA-256 of each of these files of a folder, in hex."""
+def hash_files(folder: Path, kinds: dict[str, str]) -> dict[str, str]:
+    """The checksum of each of these files of a folder, in hex.
 
-    def digest(name: str) -> str:
-        with (folder / name).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
+    Args:
+        kinds: by the name of the file.
+    """
     with ThreadPoolExecutor(HASH_THREADS) as pool:
-        return dict(zip(names, pool.map(digest, names), strict=True))
+        paths = [folder / name for name in kinds]
+        return dict(zip(kinds, pool.map(file_checksum, paths, kinds.values()), strict=True))
 
 
 def share_of(accelerator: Accelerator, names: Sequence[str] | dict[str, Any]) -> list[str]:

@@ -5,10 +5,10 @@ It grows beside its place as `step-N.tmp`; its manifest closes it, and a rename 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -25,14 +25,18 @@ from llm_training.checkpoint_files import (
     share_of,
     whole_ones,
 )
+from llm_training.checksums import CHECKSUM, file_note, new_checksum
 from llm_training.durable import flush, flush_tree, write_json
 from llm_training.model_state import (
+    FileNotes,
     SaveError,
+    StagingMemory,
     StateForm,
     estimate_bytes,
     save_model_state,
     save_on_main_process,
     save_together,
+    write_tensor_files,
 )
 from llm_training.state import TrainState
 
@@ -43,8 +47,7 @@ SAVE_ADVICE = (
 
 MEMORY = Path("/dev/shm")
 COPY_BYTES = 2**22
-
-FileNotes = dict[str, dict[str, Any]]
+SMALL_FILES_BYTES = 2**20  # random state and position of a rank that stages its tensors elsewhere
 
 
 def _facts_of(
@@ -86,10 +89,15 @@ def write_checkpoint(
         accelerator, f"make {unfinished}", lambda: _make_room(accelerator, path, unfinished)
     )
     (room,) = broadcast_object_list([make])
+    notes: FileNotes = {}
     try:
-        form = save_model_state(accelerator, unfinished)
+        form = save_model_state(
+            accelerator,
+            unfinished,
+            lambda contents: notes.update(write_tensor_files(unfinished, contents)),
+        )
         manifest = _facts_of(accelerator, state, form, facts)
-        manifest["files"] = _secure_files(accelerator, unfinished, state)
+        manifest["files"] = _secure_files(accelerator, unfinished, state, notes)
         save_on_main_process(
             accelerator, f"finish {path.name}", lambda: _commit(unfinished, path, manifest)
         )
@@ -108,11 +116,13 @@ class StagedCheckpoint:
 
     Attributes:
         path: the folder that it becomes.
-        files: what it consists of, by name; open, and gone with this process.
+        tensors: what `write_tensor_files` makes files of, by name.
+        files: all others, by name; open, and gone with this process.
     """
 
     path: Path
     manifest: dict[str, Any]
+    tensors: dict[str, Any]
     files: dict[str, BinaryIO]
     room: Room
 
@@ -125,23 +135,36 @@ class StagedCheckpoint:
         unfinished = self.path.with_name(self.path.name + ".tmp")
         try:
             notes = {name: _copy(file, unfinished / name) for name, file in self.files.items()}
+            if self.tensors:
+                notes |= write_tensor_files(unfinished, self.tensors)
             flush_tree(unfinished)
+            notes = dict(sorted(notes.items()))
             _commit(unfinished, self.path, self.manifest | {"files": notes})
-        except OSError as error:
+        except (OSError, SaveError) as error:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise SaveError(
-                f"{self.path} was not saved: {error}. It needs about {self.room.needed:,} bytes,"
-                f" and {self.room.free:,} were free before it. {SAVE_ADVICE}"
+                f"{self.path} was not saved: {str(error).rstrip('.')}. It needs about"
+                f" {self.room.needed:,} bytes, and {self.room.free:,} were free before it."
+                f" {SAVE_ADVICE}"
             ) from error
         finally:
+            self.tensors = {}
             for file in self.files.values():
                 file.close()
 
 
 def stage_checkpoint(
-    accelerator: Accelerator, path: Path, state: TrainState, facts: dict[str, Any]
+    accelerator: Accelerator,
+    path: Path,
+    state: TrainState,
+    facts: dict[str, Any],
+    memory: StagingMemory,
 ) -> StagedCheckpoint | None:
     """As `write_checkpoint`, but only into memory; every rank must call this, on one machine.
+
+    Args:
+        memory: takes whole weights and the whole optimizer; what it took before must be written.
+            Libraries that write files themselves write them to `MEMORY`.
 
     Returns:
         On rank 0 what is left to write, None elsewhere.
@@ -153,15 +176,20 @@ def stage_checkpoint(
         accelerator, f"make a folder in {MEMORY}", lambda: _make_staging(accelerator, path)
     )
     ((staging, room),) = broadcast_object_list([made])
+    tensors: dict[str, Any] = {}
+
+    def keep(contents: dict[str, Any]) -> None:
+        tensors.update({name: memory.copy(name, tree) for name, tree in contents.items()})
+
     try:
-        form = save_model_state(accelerator, staging)
+        form = save_model_state(accelerator, staging, keep)
         manifest = _facts_of(accelerator, state, form, facts)
 
         def take() -> StagedCheckpoint:
             state.save(staging / TRAIN_STATE)
             names = sorted(str(p.relative_to(staging)) for p in staging.rglob("*") if p.is_file())
             files = {name: (staging / name).open("rb") for name in names}
-            return StagedCheckpoint(path, manifest, files, room)
+            return StagedCheckpoint(path, manifest, tensors, files, room)
 
         return save_on_main_process(accelerator, f"stage {path.name}", take)
     finally:
@@ -173,9 +201,11 @@ def stage_checkpoint(
 def _make_staging(accelerator: Accelerator, path: Path) -> tuple[Path, Room]:
     room = _make_room(accelerator, path, path.with_name(path.name + ".tmp"))
     free = shutil.disk_usage(MEMORY).free
-    if free < room.needed:
+    by_files = StateForm.of_run(accelerator).layout in ("sharded", "deepspeed")
+    needed = room.needed if by_files else SMALL_FILES_BYTES
+    if free < needed:
         raise SaveError(
-            f"{path} was not begun: --async_save needs about {room.needed:,} bytes in {MEMORY}, and"
+            f"{path} was not begun: --async_save needs about {needed:,} bytes in {MEMORY}, and"
             f" {free:,} are free there. Make it larger, or leave --async_save out."
         )
     return Path(tempfile.mkdtemp(prefix="train_llm-", dir=MEMORY)), room
@@ -184,12 +214,12 @@ def _make_staging(accelerator: Accelerator, path: Path) -> tuple[Path, Room]:
 def _copy(source: BinaryIO, target: Path) -> dict[str, Any]:
     """Copies a file; returns what the manifest says of it."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    digest, num_bytes = hashlib.sha256(), 0
+    checksum, num_bytes = new_checksum(), 0
     with target.open("wb") as file:
         while chunk := source.read(COPY_BYTES):
-            digest.update(chunk)
+            checksum.update(chunk)
             num_bytes += file.write(chunk)
-    return {"bytes": num_bytes, "sha256": digest.hexdigest()}
+    return file_note(num_bytes, checksum.hexdigest())
 
 
 def _make_room(accelerator: Accelerator, path: Path, unfinished: Path) -> Room:
@@ -227,26 +257,37 @@ def _needed_bytes(accelerator: Accelerator, folder: Path) -> int:
     return estimate_bytes(accelerator)
 
 
-def _secure_files(accelerator: Accelerator, folder: Path, state: TrainState) -> FileNotes:
-    """Brings all files to the disk and reads them again; what the manifest says of each."""
+def _secure_files(
+    accelerator: Accelerator, folder: Path, state: TrainState, noted: FileNotes
+) -> FileNotes:
+    """Brings all files to the disk; what the manifest says of each.
+
+    Args:
+        noted: rank 0's, of files that were hashed while they were written. Libraries hash none of
+            theirs: those are read again, while they are flushed.
+    """
 
     def list_files() -> list[str]:
         state.save(folder / TRAIN_STATE)
-        return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+        names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+        return [name for name in names if name not in noted]
 
     def flush_and_read() -> FileNotes:
-        if accelerator.is_local_main_process:  # a machine flushes only what it wrote itself
-            flush_tree(folder)
-        sums = hash_files(folder, share_of(accelerator, names))
+        with ThreadPoolExecutor(1, "flushing") as pool:
+            is_first_here = accelerator.is_local_main_process  # it flushes for its machine
+            flushing = pool.submit(flush_tree, folder) if is_first_here else None
+            mine = share_of(accelerator, names)
+            sums = hash_files(folder, dict.fromkeys(mine, CHECKSUM))
+        if flushing is not None:
+            flushing.result()
         return {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
-            for name, digest in sums.items()
+            name: file_note((folder / name).stat().st_size, digest) for name, digest in sums.items()
         }
 
     listed = save_on_main_process(accelerator, f"write {TRAIN_STATE}", list_files)
     (names,) = broadcast_object_list([listed])
     parts = gather_object([save_together(accelerator, "keep what it wrote", flush_and_read)])
-    return dict(sorted(item for part in parts for item in part.items()))
+    return dict(sorted(item for part in [noted, *parts] for item in part.items()))
 
 
 def _commit(unfinished: Path, path: Path, manifest: dict[str, Any]) -> None:

@@ -43,6 +43,7 @@ from llm_training.durable import flush, point_to
 from llm_training.model_state import (
     CheckpointError,
     SaveError,
+    StagingMemory,
     StateForm,
     check_random_state,
     is_converted,
@@ -105,6 +106,7 @@ class CheckpointFolder:
         self.resumed_from: Path | None = None
         self._writer = ThreadPoolExecutor(1, "saving")
         self._in_flight: Future[None] | None = None
+        self._memory = StagingMemory()
 
     def save(self, state: TrainState, *, is_best: bool = False) -> Path:
         """Saves everything the run needs to go on from here; every rank must call this.
@@ -121,7 +123,7 @@ class CheckpointFolder:
         (is_there,) = broadcast_object_list([(path / MANIFEST).is_file()])
         facts = {"identity": self.identity, "is_best": is_best, "run": self.about}
         if not is_there and self.is_async:
-            staged = stage_checkpoint(self.accelerator, path, state, facts)
+            staged = stage_checkpoint(self.accelerator, path, state, facts, self._memory)
             self._in_flight = self._writer.submit(self._write_staged, staged, is_best)
             return path
         if not is_there:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from arguments import Arguments, resolve_batch_sizes
 from llm_training.checkpointing import CheckpointFolder, agree_on_checkpoint
 from llm_training.data import DataError
 from llm_training.evaluation import evaluate
 from llm_training.launch import build_accelerator, seed_everything
 from llm_training.launch_settings import read_launch_settings
-from llm_training.modeling import (
-    CausalLMWithLoss,
-    build_model,
-    check_row_split,
-    model_fingerprint,
-)
+from llm_training.modeling import model_fingerprint
+from llm_training.network import build_network
 from llm_training.optim import build_optimizer
 from llm_training.outputs import OutputFolder
 from llm_training.ranks import agree_on_seed, sum_over_ranks
@@ -36,18 +34,18 @@ def evaluate_only(arguments: Arguments, request: StopRequest) -> None:
     if validation is None:
         raise DataError("There is no validation data: give --validation_file.")
     seed_everything(agree_on_seed(arguments.seed))
-    network = CausalLMWithLoss(build_model(config, arguments, tp_size=launch.tp_size))
-    check_row_split(network.model, block_size, launch.cp_size)
+    network, lines = build_network(accelerator, arguments, launch, config, batch, block_size)
     identity = {"model": model_fingerprint(network)}
     # FSDP2 shards a model together with its optimizer; nothing is stepped here.
-    optimizer = build_optimizer(network, arguments, accelerator.device.type)
+    plain = dataclasses.replace(arguments, optim="adamw")
+    optimizer = build_optimizer(network, plain, accelerator.device.type)
     model, _ = accelerator.prepare(network, optimizer)
     if checkpoint:
         checkpoints = CheckpointFolder(accelerator, output.checkpoints, None, identity)
         checkpoints.check(checkpoint)
-        passed_over += checkpoints.load(checkpoint, model, None)
+        lines += checkpoints.load(checkpoint, model, None)
     source = checkpoint.path if checkpoint else arguments.model_name_or_path or "untrained weights"
-    accelerator.print("\n".join([*passed_over, f"Evaluating {source}"]), flush=True)
+    accelerator.print("\n".join([*passed_over, *lines, f"Evaluating {source}"]), flush=True)
     metrics = evaluate(
         accelerator,
         model,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import transformers
@@ -24,6 +26,9 @@ from arguments import Arguments, BatchSizes
 from llm_training.cpu_backends import start_gloo
 from llm_training.launch_checks import precision_conflict
 from llm_training.launch_settings import LaunchSettings
+
+# Of control groups, version 2: "200000 100000" is the time of two cores, "max 100000" no limit.
+CPU_QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")
 
 
 class LaunchError(ValueError):
@@ -246,7 +251,8 @@ def set_threads(num_threads: int | None) -> None:
     """Gives each process its share of the cores.
 
     `accelerate launch` exports OMP_NUM_THREADS=1 on a CPU, which halves the speed of a single
-    process; the number of threads is therefore always set here.
+    process. The number is therefore always set here: for torch, and with it for OpenMP, oneDNN and
+    MKL; the variable reaches neither the tokenizers nor what runs beside a forward pass.
     """
     if num_threads is None:
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -254,11 +260,33 @@ def set_threads(num_threads: int | None) -> None:
     torch.set_num_threads(num_threads)
 
 
+def describe_threads() -> str:
+    """The threads of this process, and what the environment said instead, for the log."""
+    threads, asked = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    undone = f" (OMP_NUM_THREADS={asked} undone)" if asked not in (None, str(threads)) else ""
+    return f"{threads} thread{'' if threads == 1 else 's'}{undone}"
+
+
 def count_cores() -> int:
-    """Cores that this process may use; on systems that do not tell, those of the machine."""
+    """Cores that this process may use; on systems that do not tell, those of the machine.
+
+    A container that may use the time of two cores still sees all of its machine's.
+    """
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    quota = read_cpu_quota()
+    return cores if quota is None else min(cores, max(1, math.ceil(quota)))
+
+
+def read_cpu_quota(file: Path = CPU_QUOTA_FILE) -> float | None:
+    """How many cores' time the container of this process may use; None for all."""
+    try:
+        quota, period = file.read_text("ascii").split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        return None
 
 
 def make_deterministic(device_type: str) -> None:

@@ -27,6 +27,7 @@ def launch_problems(arguments: Arguments, launch: LaunchSettings) -> Iterator[st
     process_problems = list(_process_problems(launch))
     yield from process_problems
     yield from _device_problems(arguments, launch)
+    yield from _optimizer_problems(arguments, launch)
     yield from _saving_problems(arguments)
     yield from _precision_problems(arguments, launch)
     # Sizes derived for the wrong number of processes would contradict everything.
@@ -79,6 +80,23 @@ def _device_problems(arguments: Arguments, launch: LaunchSettings) -> Iterator[s
             f"torch_compile=true, but parallelism_config_cp_size={launch.cp_size} splits rows over"
             " ranks, which would then wait for each other forever: set torch_compile to false, or"
             " cp_size to 1"
+        )
+
+
+def _optimizer_problems(arguments: Arguments, launch: LaunchSettings) -> Iterator[str]:
+    optim, backend = arguments.optim, launch.backend
+    if optim == "muon" and backend == "deepspeed":
+        yield (
+            "optim=muon does not work under DeepSpeed, which lays all parameters end to end, so"
+            " that no matrix is left for it: use accelerate_configs/ddp.yaml or fsdp.yaml, or"
+            " optim=adamw"
+        )
+    split = {"deepspeed": "DeepSpeed", "fsdp": "FSDP2"}.get(backend)
+    split = "tensor parallelism" if launch.tp_size > 1 else split
+    if optim == "adamw_8bit" and split:
+        yield (
+            f"optim=adamw_8bit is for whole parameters, and {split} splits them: use"
+            " accelerate_configs/ddp.yaml, or optim=adamw"
         )
 
 

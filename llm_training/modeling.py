@@ -21,6 +21,12 @@ from transformers.distributed import DistributedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from arguments import Arguments, ModelArguments
+from llm_training.chunked_loss import (
+    ChunkedHead,
+    is_worth_chunking,
+    positions_per_chunk,
+    why_not_chunked,
+)
 from llm_training.losses import count_correct_tokens, shift_labels, token_loss_sum
 from llm_training.zero_init import whole_models, whole_shape
 
@@ -40,9 +46,12 @@ class CausalLMWithLoss(nn.Module):
     tensor of a step, so they stay inside.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, *, chunked_loss: bool = False):
+        """Wraps `model`; `choose_chunked_loss` says whether its head may judge by itself."""
         super().__init__()
         self.model = model
+        # In a tuple: a module here would be registered, and saved, a second time.
+        self._chunked_heads = (ChunkedHead.take_place(model),) if chunked_loss else ()
         # Sharding backends read from the wrapped module which blocks belong together.
         self._no_split_modules = model._no_split_modules
         self.config = model.config
@@ -72,22 +81,27 @@ class CausalLMWithLoss(nn.Module):
             tokens were guessed right (scalar int64) or None. Without labels the logits (B, T, V),
             and None.
         """
-        logits = self._logits(input_ids, position_ids)
         if labels is not None:
             next_tokens = shift_labels(labels)
+        if next_tokens is not None and self._chunked_heads:
+            (head,) = self._chunked_heads
+            with head.judging(next_tokens, count_correct):
+                loss = self._head_output(input_ids, position_ids)
+            return loss, head.take_correct()
+        logits = self._head_output(input_ids, position_ids).view(*input_ids.shape, -1)
         if next_tokens is None:
             return logits, None
         correct = count_correct_tokens(logits, next_tokens) if count_correct else None
         return token_loss_sum(logits, next_tokens), correct
 
-    def _logits(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
-        shape = input_ids.shape
-        if position_ids is not None and self.config._attn_implementation.startswith("flash"):
+    def _head_output(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        if position_ids is not None and "flash" in self.config._attn_implementation:
             # Flash attention looks for documents in a single row only.
             input_ids, position_ids = input_ids.view(1, -1), position_ids.view(1, -1)
         # Without a mask and without a cache: with either, documents would see each other.
         outputs = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-        return outputs.logits.view(*shape, -1)
+        logits: Tensor = outputs.logits
+        return logits
 
 
 def load_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase | None) -> Any:
@@ -175,6 +189,40 @@ def build_model(
         # The reentrant form, and the one that sharding backends bring, lose the dropout masks.
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
+
+
+def choose_chunked_loss(
+    model: PreTrainedModel,
+    asked: bool | None,
+    *,
+    num_positions: int,
+    device_type: str,
+    tp_size: int = 1,
+) -> tuple[bool, list[str]]:
+    """Whether the loss is computed for a chunk of positions at a time, and what to say of it.
+
+    Args:
+        asked: `--chunked_loss`.
+        num_positions: in the largest micro-batch of one rank.
+        device_type: where it is computed.
+        tp_size: ranks that hold the model between them.
+
+    Raises:
+        ModelError: it was asked for and cannot be.
+    """
+    vocab_size = model.config.get_text_config().vocab_size
+    is_worth_it = is_worth_chunking(num_positions, vocab_size, device_type)
+    if asked is False or (asked is None and not is_worth_it):
+        return False, []
+    reason = f"{tp_size} ranks share the head (tensor parallelism)" if tp_size > 1 else None
+    reason = reason or why_not_chunked(model)
+    if reason and asked:
+        raise ModelError(f"--chunked_loss true: {reason}. Leave it out, or use another model.")
+    places = f"{num_positions:,} positions x {vocab_size:,} tokens"
+    if reason:
+        return False, [f"Logits   {places}, all at once: {reason}"]
+    chunk_size = min(num_positions, positions_per_chunk(vocab_size, device_type))
+    return True, [f"Logits   {places}, of {chunk_size:,} positions at a time"]
 
 
 def check_row_split(model: PreTrainedModel, block_size: int, cp_size: int) -> None:

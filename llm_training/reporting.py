@@ -15,6 +15,8 @@ from accelerate import Accelerator
 
 from llm_training.data import PreparedData
 from llm_training.data.rows.store_rows import Rows
+from llm_training.flops import model_flops_per_token, peak_flops
+from llm_training.launch import describe_threads
 from llm_training.model_state import StateForm
 from llm_training.modeling import CausalLMWithLoss, count_parameters
 
@@ -24,7 +26,7 @@ def model_line(accelerator: Accelerator, network: CausalLMWithLoss) -> str:
     parameters, outside_embeddings = count_parameters(network)
     device = accelerator.device.type
     if device == "cpu":
-        device += f", threads: {torch.get_num_threads()}"
+        device += f", {describe_threads()}"
     form = StateForm.of_run(accelerator)
     if form.backend != "single":
         device += f", {form}"
@@ -66,19 +68,18 @@ def resume_lines(path: Path, step: int, changed: dict[str, tuple[Any, Any]]) -> 
 
 
 def provenance(
-    accelerator: Accelerator, data: PreparedData, network: CausalLMWithLoss
+    accelerator: Accelerator, data: PreparedData, network: CausalLMWithLoss, block_size: int
 ) -> dict[str, Any]:
     """What a run was besides its arguments: data, sizes, hardware, versions and revision."""
     parameters, outside_embeddings = count_parameters(network)
-    device = accelerator.device
-    is_cuda = device.type == "cuda"
     return {
         "data_fingerprint": data.fingerprint,
         "train_tokens": data.num_tokens("train"),
         "validation_tokens": data.num_tokens("validation"),
         "num_parameters": parameters,
         "num_parameters_outside_embeddings": outside_embeddings,
-        "device": torch.cuda.get_device_name(device) if is_cuda else device.type,
+        "flops_per_token": model_flops_per_token(network, network.config, block_size),
+        "device": device_name(accelerator),
         "precision": precision_name(accelerator),
         "backend": StateForm.of_run(accelerator).backend,
         "zero_stage": StateForm.of_run(accelerator).zero_stage,
@@ -91,6 +92,21 @@ def provenance(
         "transformers_version": transformers.__version__,
         "git_revision": git_revision(),
     }
+
+
+def device_name(accelerator: Accelerator) -> str:
+    """What the driver calls the device, or its type."""
+    device = accelerator.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def peak_of_all(accelerator: Accelerator) -> float | None:
+    """Operations per second that all devices of the run could do; None where they are unknown."""
+    precision = precision_name(accelerator)
+    if precision == "fp32" and torch.get_float32_matmul_precision() != "highest":
+        precision = "tf32"
+    peak = peak_flops(device_name(accelerator), precision)
+    return None if peak is None else peak * accelerator.num_processes
 
 
 def precision_name(accelerator: Accelerator) -> str:

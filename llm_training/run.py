@@ -17,22 +17,20 @@ from llm_training.data import DataError
 from llm_training.data.rows.store_rows import Rows
 from llm_training.data.rows.streaming import StreamWindows
 from llm_training.data.rows.windows import TrainingWindows, train_rows
+from llm_training.flops import utilization
 from llm_training.health import HealthMonitor, HealthState, Verdict
 from llm_training.launch import build_accelerator, seed_everything
 from llm_training.launch_settings import read_launch_settings
-from llm_training.modeling import (
-    CausalLMWithLoss,
-    build_model,
-    check_row_split,
-    model_fingerprint,
-)
-from llm_training.optim import build_optimizer
+from llm_training.modeling import CausalLMWithLoss, model_fingerprint
+from llm_training.network import build_network
+from llm_training.optim import build_optimizer, check_optimizer
 from llm_training.outputs import OutputFolder
 from llm_training.planning import Plan, make_plan
 from llm_training.ranks import agree_on_seed, find_shared_folder, limit_waiting
 from llm_training.reporting import (
     full_ledger,
     model_line,
+    peak_of_all,
     provenance,
     resume_lines,
     row_lines,
@@ -67,6 +65,7 @@ class Run:
     output: OutputFolder
     facts: dict[str, Any]
     meter: Throughput
+    mfu_per_speed: float | None  # model FLOPs utilization at 1 token a second, where it is known
     health: HealthMonitor
     request: StopRequest
     controls: ControlFiles
@@ -103,6 +102,7 @@ def build_run(
     launch = read_launch_settings()
     batch = resolve_batch_sizes(arguments, launch.data_parallel_size)
     accelerator = build_accelerator(arguments, launch, batch=batch)
+    check_optimizer(arguments, accelerator.device.type)
     checkpoint = open_output(arguments, accelerator, output)
     data, config, block_size = build_data(arguments, accelerator, request.check)
     rows = train_rows(data, arguments, block_size)
@@ -118,10 +118,9 @@ def build_run(
     state.seed = seed
     windows, data_mark = build_windows(arguments, accelerator, data, plan, state)
     request.check()
-    network = CausalLMWithLoss(build_model(config, arguments, tp_size=launch.tp_size))
-    check_row_split(network.model, block_size, launch.cp_size)
+    network, form_lines = build_network(accelerator, arguments, launch, config, batch, block_size)
     optimizer = build_optimizer(network, arguments, accelerator.device.type)
-    facts = provenance(accelerator, data, network)
+    facts = provenance(accelerator, data, network, block_size)
     checkpoints = CheckpointFolder(
         accelerator,
         output.checkpoints,
@@ -132,7 +131,7 @@ def build_run(
     )
     ledger = full_ledger(data, rows, validation)
     lines = [*data.lines(), *row_lines(rows, validation), model_line(accelerator, network)]
-    lines += plan.lines()
+    lines += [*form_lines, *plan.lines()]
     if checkpoint:
         allowed = checkpoints.check(checkpoint, plan.total_steps, arguments.allow_resume_change)
         changed = output.changed_arguments(arguments)
@@ -169,6 +168,7 @@ def build_run(
         output=output,
         facts=facts,
         meter=Throughput(),
+        mfu_per_speed=utilization(facts["flops_per_token"], peak_of_all(accelerator)),
         health=build_health(arguments, state),
         request=request,
         controls=ControlFiles(output.path, say=accelerator.print),

@@ -322,6 +322,11 @@ BAD_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
     ),
     # the machine
     ({"mixed_precision": "fp16", "device": "cpu"}, ["fp16", "device=cpu", "bf16, fp32 or auto"]),
+    (
+        {"optim": "adamw_8bit", "device": "cpu"},
+        ["optim=adamw_8bit and device=cpu exclude each other", "use optim=adamw"],
+    ),
+    ({"optim": "adam"}, ["optim", "adamw|muon|adamw_8bit", "did you mean adamw?"]),
     ({"report_to": ["none", "mlflow"]}, ["report_to", "none alone"]),
     ({"report_to": ["mlflow", "mlflow"]}, ["report_to", "once"]),
 ]
@@ -435,6 +440,18 @@ def test_a_tracker_that_is_not_installed(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     problem = find_problems(Arguments(**{**GOOD_VALUES, "report_to": ["wandb"]}), LaunchSettings())
     assert problem == ["report_to=wandb is not installed: pip install wandb, or report_to=none"]
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_an_optimizer_that_is_not_installed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Arguments(**{**GOOD_VALUES, "optim": "adamw_8bit", "device": device})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert find_problems(asked, LaunchSettings()) == [
+        "optim=adamw_8bit needs a package: pip install bitsandbytes, or use optim=adamw"
+    ]
+    found = importlib.machinery.ModuleSpec("bitsandbytes", loader=None, origin="here")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    assert find_problems(asked, LaunchSettings()) == []
 
 
 def test_a_source_of_a_mixture_has_arguments_of_its_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +15,8 @@ import train_llm
 from llm_training import checkpoint_writing
 from llm_training.checkpoint_comparison import compare_checkpoints
 from llm_training.checkpoint_writing import StagedCheckpoint
+from llm_training.checkpointing import open_checkpoint
+from llm_training.model_state import staging, tensor_files
 from tests.small_runs import curve, open_place, train_small, weights
 
 Train = Callable[..., Path]
@@ -36,6 +39,8 @@ def test_the_same_checkpoints_and_the_same_run(train: Train, tmp_path: Path) -> 
         found = compare_checkpoints(plain / "checkpoints" / name, other / "checkpoints" / name)
         assert found.num_tensors > 20
         assert found.differences == []
+        files = [open_checkpoint(run / "checkpoints" / name).files for run in (plain, other)]
+        assert files[0] == files[1]  # to the last byte
     assert curve(other) == curve(plain)
     assert weights(other) == weights(plain)
 
@@ -94,17 +99,18 @@ def test_what_cannot_be_written_is_told_at_the_next_save(
     policy: str,
     code: int,
 ) -> None:
-    copy = checkpoint_writing._copy
+    write = tensor_files._write
 
-    def full(source: Any, target: Path) -> dict[str, Any]:
-        if "step-00000002" in str(target) and target.name == "optimizer.bin":
-            raise OSError(28, "No space left on device", str(target))
-        return copy(source, target)
+    def full(path: Path, content: Any) -> dict[str, Any]:
+        if "step-00000002" in str(path) and path.name == "optimizer.bin":
+            raise OSError(28, "No space left on device", str(path))
+        return write(path, content)
 
-    monkeypatch.setattr(checkpoint_writing, "_copy", full)
+    monkeypatch.setattr(tensor_files, "_write", full)
     folder = train(code=code, async_save=True, on_save_error=policy, save_total_limit=None)
     said = capsys.readouterr()
-    assert "step-00000002 was not saved: [Errno 28] No space left on device" in said.out + said.err
+    told = "step-00000002 was not saved: rank 0 could not write optimizer.bin: [Errno 28] No space"
+    assert told in said.out + said.err
     found = [name for name in names(folder) if name.startswith("step-")]
     assert found == [f"step-0000000{step}" for step in ((4, 6, 8) if code == 0 else ())]
 
@@ -118,10 +124,18 @@ def test_too_little_memory_is_told_with_the_way_out(
         found = usage(path)
         return found._replace(free=1000) if path == checkpoint_writing.MEMORY else found
 
-    monkeypatch.setattr(checkpoint_writing.shutil, "disk_usage", small)
-    train(code=1, async_save=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_writing.shutil, "disk_usage", small)
+        train("files", code=1, async_save=True)
     assert (
         "1,000 are free there. Make it larger, or leave --async_save out" in capsys.readouterr().err
+    )
+    monkeypatch.setattr(staging, "free_memory", lambda: 1000)
+    train("tensors", code=1, async_save=True)
+    assert re.search(
+        r"--async_save needs [\d,]+ bytes of memory for model\.safetensors, and 1,000 are free\."
+        " Leave --async_save out",
+        capsys.readouterr().err,
     )
 
 

@@ -87,8 +87,9 @@ def kill_at(call: int, folder: Path) -> None:
     sys.addaudithook(count)
 
 
+@pytest.mark.parametrize("is_async", [False, True])
 def test_a_kill_at_any_call_leaves_the_old_one_or_the_new_one(
-    folder: CheckpointFolder, tmp_path: Path
+    folder: CheckpointFolder, tmp_path: Path, is_async: bool
 ) -> None:
     before, found, call = folder.folder, [], 0
     while True:
@@ -98,7 +99,9 @@ def test_a_kill_at_any_call_leaves_the_old_one_or_the_new_one(
 
         def killed_save() -> None:
             kill_at(call, folder.folder)  # noqa: B023
+            folder.is_async = is_async
             save(folder, 3, is_best=True)
+            folder.wait()
 
         ended = in_a_fork(killed_save)
         found.append(found_step(folder))
@@ -125,7 +128,7 @@ def test_a_kill_in_the_middle_of_writing_a_file_leaves_the_old_one(
 
         def killed(content: Any, file: Any) -> None:
             save_tensors(content, file)
-            file.truncate(100)
+            os.truncate(folder.folder / "step-00000003.tmp" / "optimizer.bin", 100)
             os.kill(os.getpid(), signal.SIGKILL)
 
         torch.save = killed

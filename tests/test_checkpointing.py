@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from accelerate import Accelerator
 from torch import nn
 
@@ -144,13 +145,30 @@ def test_the_manifest_has_checksums_and_what_was_consumed(folder: CheckpointFold
     weights = (folder.folder / "last" / "model.safetensors").read_bytes()
     assert manifest["files"]["model.safetensors"] == {
         "bytes": len(weights),
-        "sha256": hashlib.sha256(weights).hexdigest(),
+        "xxh3_128": xxhash.xxh3_128(weights).hexdigest(),
     }
     assert list(manifest["files"]) == [
         "model.safetensors", "optimizer.bin", "random_states_0.pkl", "train_state.json",
     ]  # fmt: skip
-    assert (manifest["format_version"], manifest["sample_hash"]) == (2, "ab")
+    assert (manifest["format_version"], manifest["sample_hash"]) == (3, "ab")
     assert manifest["run"] == {"versions": {"torch": "2"}}
+
+
+def test_manifests_with_older_checksums_are_read(folder: CheckpointFolder) -> None:
+    save(folder, 1)
+    path = folder.folder / "step-00000001"
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["format_version"] = 2
+    for name, note in manifest["files"].items():
+        del note["xxh3_128"]
+        note["sha256"] = hashlib.sha256((path / name).read_bytes()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    open_checkpoint(path)
+    weights = bytearray((path / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (path / "model.safetensors").write_bytes(weights)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged.*another sha256"):
+        open_checkpoint(path)
 
 
 FAULTS = {
@@ -160,7 +178,7 @@ FAULTS = {
     "newer version": "was written by a newer version of train_llm.py",
     "older than any": "no checkpoint format 0",
     "truncated": r"model\.safetensors is damaged: \d+ bytes were written, it is \d+ bytes",
-    "flipped byte": r"model\.safetensors is damaged: .*another SHA-256",
+    "flipped byte": r"model\.safetensors is damaged: .*another xxh3_128",
     "missing file": r"model\.safetensors is missing",
     "torn state": r"train_state\.json cannot be read",
 }
@@ -177,7 +195,7 @@ def spoil(path: Path, fault: str) -> None:
     elif fault == "manifest of something else":
         manifest.write_text(json.dumps(noted | {"files": ["model.safetensors"]}))
     elif fault in ("newer version", "older than any"):
-        version = 3 if fault == "newer version" else 0
+        version = 4 if fault == "newer version" else 0
         manifest.write_text(json.dumps(noted | {"format_version": version}))
     elif fault == "truncated":
         weights.write_bytes(content[:-1])

@@ -3,7 +3,7 @@
     floor 6   train_llm.py
     floor 5   mishaps
     floor 4   run, evaluate_only, verify_resume
-    floor 3   run_data, show_data, checkpoint_comparison
+    floor 3   run_data, network, show_data, checkpoint_comparison
     floor 2   argument_parsing, planning, evaluation, checkpointing, reporting
     floor 1   every other room of llm_training; a folder is one room
     floor 0   arguments.py
@@ -31,6 +31,7 @@ FLOORS = {
     "llm_training.run": 4,
     "llm_training.verify_resume": 4,
     "llm_training.checkpoint_comparison": 3,
+    "llm_training.network": 3,
     "llm_training.run_data": 3,
     "llm_training.show_data": 3,
     "llm_training.argument_parsing": 2,
@@ -42,12 +43,17 @@ FLOORS = {
     "llm_training.argument_checks": 1,
     "llm_training.checkpoint_files": 1,
     "llm_training.checkpoint_writing": 1,
+    "llm_training.checksums": 1,
+    "llm_training.chunked_loss": 1,
     "llm_training.control_files": 1,
     "llm_training.cpu_backends": 1,
+    "llm_training.cpu_speed": 1,
     "llm_training.data": 1,
     "llm_training.document_mask": 1,
     "llm_training.durable": 1,
     "llm_training.export": 1,
+    "llm_training.flops": 1,
+    "llm_training.footprint": 1,
     "llm_training.generation": 1,
     "llm_training.health": 1,
     "llm_training.launch": 1,
@@ -74,6 +80,8 @@ FLOORS = {
 
 OPEN_ROOMS = {
     "llm_training.checkpoint_files",
+    "llm_training.checksums",
+    "llm_training.chunked_loss",
     "llm_training.cpu_backends",
     "llm_training.durable",
     "llm_training.launch_checks",
@@ -89,6 +97,7 @@ OPEN_ROOMS = {
 
 # They take plain values and tensors.
 PURE_MODULES = {
+    "llm_training.footprint",
     "llm_training.losses",
     "llm_training.schedules",
     "llm_training.throughput",

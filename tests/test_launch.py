@@ -1,5 +1,8 @@
 """Device, precision, threads and seeds are what was asked for, or the launch is refused."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +16,7 @@ from llm_training.launch import (
     build_accelerator,
     check_combination,
     choose_precision,
+    describe_threads,
     fill_deepspeed_config,
     find_device_type,
     seed_everything,
@@ -154,6 +158,8 @@ def test_precision_that_would_fall_back_in_silence_is_refused(
 
 def test_threads_are_shared_by_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(launch, "read_cpu_quota", lambda: None)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     set_threads(None)
     assert torch.get_num_threads() == 8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
@@ -161,6 +167,61 @@ def test_threads_are_shared_by_the_processes_of_a_machine(monkeypatch: pytest.Mo
     assert torch.get_num_threads() == 2
     set_threads(1)
     assert torch.get_num_threads() == 1
+
+
+def test_what_the_environment_said_of_threads_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    set_threads(2)
+    assert describe_threads() == "2 threads (OMP_NUM_THREADS=1 undone)"
+    set_threads(1)
+    assert describe_threads() == "1 thread"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    set_threads(2)
+    assert describe_threads() == "2 threads"
+
+
+def test_one_openmp_thread_of_the_environment_is_undone_in_torch_and_its_libraries() -> None:
+    code = (
+        "import torch; from llm_training.launch import set_threads; before = [];"
+        "before.append(torch.get_num_threads()); set_threads(3);"
+        "info = torch.__config__.parallel_info();"
+        "print(before[0], torch.get_num_threads(), *[line.split(':')[1].strip() for line in"
+        " info.splitlines() if 'get_max_threads()' in line or 'at::get_num_threads' in line])"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[1],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    before, *after = ended.stdout.split()
+    assert before == "1"
+    assert len(after) >= 3  # torch, OpenMP, and MKL where torch has it
+    assert set(after) == {"3"}
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"),
+    [
+        ("200000 100000", 2),
+        ("150000 100000", 2),
+        ("20000 100000", 1),
+        ("1600000 100000", 8),  # more than there are
+        ("max 100000", 8),
+        ("", 8),
+    ],
+)
+def test_the_share_of_a_container_is_heeded(
+    text: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu.max").write_text(text)
+    quota = launch.read_cpu_quota(tmp_path / "cpu.max")
+    assert launch.read_cpu_quota(tmp_path / "missing") is None
+    monkeypatch.setattr(launch, "read_cpu_quota", lambda: quota)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    assert launch.count_cores() == cores
 
 
 def test_seeds() -> None:
@@ -177,6 +238,7 @@ def test_seeds() -> None:
 def test_cores_are_counted_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("os.sched_getaffinity", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 6)
+    monkeypatch.setattr(launch, "read_cpu_quota", lambda: None)
     assert launch.count_cores() == 6
 
 

@@ -342,6 +342,28 @@ CONTRADICTIONS = {
         FSDP_FILE + "  state_dict_type: LOCAL_STATE_DICT",
         says=["launch.yaml says state_dict_type: LOCAL_STATE_DICT", "use SHARDED_STATE_DICT"],
     ),
+    # optimizers
+    "no matrices for Muon": case(
+        {**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+        ZERO_2,
+        says=["optim=muon does not work under DeepSpeed", "no matrix is left", "fsdp.yaml"],
+        optim="muon",
+    ),
+    "8 bits in DeepSpeed's parts": case(
+        {**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+        ZERO_2,
+        says=["optim=adamw_8bit is for whole parameters, and DeepSpeed splits", "ddp.yaml"],
+        optim="adamw_8bit",
+    ),
+    "8 bits in FSDP's parts": case(
+        FSDP, FSDP_FILE, says=["and FSDP2 splits them", "optim=adamw"], optim="adamw_8bit"
+    ),
+    "8 bits in parts of matrices": case(
+        PARALLEL,
+        FSDP_FILE,
+        says=["and tensor parallelism splits them", "optim=adamw"],
+        optim="adamw_8bit",
+    ),
     # DeepSpeed's file
     "no JSON": case(
         {**WITH_JSON, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "none.json"},
@@ -488,6 +510,8 @@ AGREEMENTS = {
         DDP_FILE,
         options="--zero_stage 3",
     ),
+    "Muon on parts of matrices": case(PARALLEL, FSDP_FILE, optim="muon"),
+    "8 bits on whole parameters": case(DDP, DDP_FILE, optim="adamw_8bit"),
     "no checkpointing by FSDP": case(FSDP, FSDP_FILE + "  fsdp_activation_checkpointing: false"),
     "the CPU, agreed": case(DDP, DDP_FILE + "use_cpu: true", device="cpu"),
     "the processes of all machines": case(

@@ -1,7 +1,6 @@
 """The script on a small real text: it trains, resumes bit for bit, refuses what it must."""
 
 import copy
-import hashlib
 import json
 import os
 import re
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train_llm
 from llm_training.argument_parsing import read_arguments
 from llm_training.checkpointing import CheckpointFolder
+from llm_training.checksums import file_note, new_checksum
 from llm_training.outputs import OutputFolder
 from llm_training.ranks import RankError
 
@@ -491,7 +491,7 @@ def test_a_run_that_cannot_be_resumed_is_recorded_as_failed(
     (tmp_path / "run" / "checkpoints" / "last" / "optimizer.bin").write_bytes(b"")
     manifest = tmp_path / "run" / "checkpoints" / "last" / "manifest.json"
     noted = json.loads(manifest.read_text())
-    noted["files"]["optimizer.bin"] = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
+    noted["files"]["optimizer.bin"] = file_note(0, new_checksum().hexdigest())
     manifest.write_text(json.dumps(noted))
     assert "optimizer.bin cannot be read" in fail(train, capsys, max_steps=12, report_to=["mlflow"])
     (run,) = mlflow.search_runs(experiment_names=["train_llm"], output_format="list")

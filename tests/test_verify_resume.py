@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import torch
 import train_llm
 from arguments import Arguments
 from llm_training import verify_resume as room
+from llm_training.checksums import file_checksum, file_note
 from llm_training.ranks import RankError
 from llm_training.verify_resume import KILLED, WHOLE, Trial, log_difference, trial_settings
 from tests.small_runs import open_place, train_small
@@ -70,9 +70,8 @@ def note_anew(checkpoint: Path) -> None:
     manifest = checkpoint / "manifest.json"
     noted = json.loads(manifest.read_text())
     for name in noted["files"]:
-        content = (checkpoint / name).read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
-        noted["files"][name] = {"bytes": len(content), "sha256": digest}
+        file = checkpoint / name
+        noted["files"][name] = file_note(file.stat().st_size, file_checksum(file))
     manifest.write_text(json.dumps(noted))
 
 

@@ -16,10 +16,14 @@ from llm_training.model_state.random_state import (
     restore_random_state,
 )
 from llm_training.model_state.save import estimate_bytes, save_model_state
+from llm_training.model_state.staging import StagingMemory
+from llm_training.model_state.tensor_files import FileNotes, write_tensor_files
 
 __all__ = [
     "CheckpointError",
+    "FileNotes",
     "SaveError",
+    "StagingMemory",
     "StateForm",
     "check_random_state",
     "estimate_bytes",
@@ -32,4 +36,5 @@ __all__ = [
     "save_model_state",
     "save_on_main_process",
     "save_together",
+    "write_tensor_files",
 ]

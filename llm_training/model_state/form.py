@@ -180,7 +180,7 @@ def save_together(accelerator: Accelerator, task: str, work: Callable[[], T]) ->
     except (Exception, CheckpointException) as error:  # full disks show in many ways
         if isinstance(error, RuntimeError) and BROKEN_EXCHANGE.search(str(error)):
             raise  # another rank is gone: one more exchange would be one more wait
-        problem = _explain_failure(accelerator.process_index, task, error)
+        problem = explain_failure(accelerator.process_index, task, error)
     fail_together(problem, SaveError)
     return cast(T, result)
 
@@ -191,7 +191,8 @@ def save_on_main_process(accelerator: Accelerator, task: str, work: Callable[[],
     return save_together(accelerator, task, lambda: work() if is_main else None)
 
 
-def _explain_failure(rank: int, task: str, error: BaseException) -> str:
+def explain_failure(rank: int, task: str, error: BaseException) -> str:
+    """For a person, in one line: `rank 1 could not write ...: No space left on device.`"""
     if isinstance(error, CheckpointError):
         return str(error)
     if isinstance(error, CheckpointException):  # of torch.distributed.checkpoint, on every rank

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
 from llm_training.model_state.form import parameters_by_name
-from llm_training.model_state.readers import MOMENTS
+from llm_training.model_state.readers import MOMENTS, MUON_MOMENTS
 
 
 class LiveModel:
@@ -46,6 +46,18 @@ class LiveModel:
         groups = self.optimizer.param_groups
         return [names[id(parameter)] for group in groups for parameter in group["params"]]
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the optimizer keeps its moments in 8 bits, in a form of its own."""
+        return type(self.optimizer).__module__.startswith("bitsandbytes")
+
+    def moments(self) -> dict[str, tuple[str, ...]]:
+        """Which moments the optimizer keeps of each parameter that it trains, by name."""
+        assert self.optimizer is not None
+        groups = self.optimizer.param_groups
+        kinds = [MUON_MOMENTS if "ns_steps" in g else MOMENTS for g in groups for _ in g["params"]]
+        return dict(zip(self.optimizer_parameters, kinds, strict=True))
+
     def shape(self, name: str) -> torch.Size:
         """The whole shape of a parameter, however it is cut."""
         return self.parameters[name].shape
@@ -63,13 +75,14 @@ class LiveModel:
         """After the last weight was set."""
 
     def begin_optimizer(self, steps: Mapping[str, float]) -> None:
-        """Before the moments of the parameters in `steps`, which were updated so many times."""
+        """Before the moments; the parameters in `steps` were updated so many times."""
         self._steps, self._state = steps, {}
 
     def set_moment(self, name: str, kind: str, whole: Tensor) -> None:
-        """Takes one of the `MOMENTS` of a parameter, whole and on the device of the run."""
-        step = torch.tensor(self._steps[name], dtype=torch.float32)
-        values = self._state.setdefault(name, {"step": step})
+        """Takes one of the moments of a parameter, whole and on the device of the run."""
+        values = self._state.setdefault(name, {})
+        if name in self._steps:
+            values["step"] = torch.tensor(self._steps[name], dtype=torch.float32)
         values[kind] = _cut_like(whole, self.parameters[name])
 
     def finish_optimizer(self) -> None:
@@ -98,6 +111,10 @@ class LiveZero:
         self.is_stage_3 = bool(engine.zero_optimization_partition_weights())
         self.model: nn.Module = engine.module
         self.parameters = parameters_by_name(engine.module)
+
+    def moments(self) -> dict[str, tuple[str, ...]]:
+        """Which moments the optimizer keeps of each parameter that it may train, by name."""
+        return dict.fromkeys(self.parameters, MOMENTS)
 
     def shape(self, name: str) -> torch.Size:
         """The whole shape of a parameter, however it is cut."""

@@ -25,7 +25,7 @@ from llm_training.model_state.form import (
 from llm_training.model_state.live import LiveModel, LiveZero
 from llm_training.model_state.readers import (
     DEEPSPEED_FOLDER,
-    MOMENTS,
+    OPTIMIZER,
     OTHER_ADVICE,
     READ_ERRORS,
     RESET_ADVICE,
@@ -33,6 +33,10 @@ from llm_training.model_state.readers import (
     SHARDED_WEIGHTS,
     OptimizerState,
     Weights,
+    check_moments,
+    is_quantized,
+    load_pickled_tensors,
+    moments_of,
     read_optimizer,
     read_weights,
     require,
@@ -78,7 +82,9 @@ def load_model_state(
         _load_sharded(accelerator, folder, live)
     else:
         _set_weights(accelerator, folder, there, live)
-        if optimizer is not None:
+        if isinstance(live, LiveModel) and live.is_quantized:
+            _load_quantized(folder, there, live)
+        elif optimizer is not None:
             _set_optimizer(accelerator, folder, there, here, live, scratch)
     if optimizer is not None:
         _load_scaler(accelerator, folder)
@@ -137,6 +143,26 @@ def _load_zero(accelerator: Accelerator, folder: Path, engine: Any) -> None:
         raise CheckpointError(
             f"DeepSpeed found no checkpoint in {folder / DEEPSPEED_FOLDER}. {OTHER_ADVICE}"
         )
+
+
+def _load_quantized(folder: Path, there: StateForm, live: LiveModel) -> None:
+    """Moments in 8 bits go back as they lie in their file; every rank reads it for itself."""
+    path, problem = folder / OPTIMIZER, None
+    names = there.optimizer_parameters or ()
+    try:
+        if there.layout != "plain":
+            raise ValueError(
+                "moments in 8 bits (--optim adamw_8bit) do not come from other layouts"
+            )
+        found = load_pickled_tensors(path)["state"]
+        if strange := [i for i, values in found.items() if not is_quantized(values)]:
+            name = names[strange[0]]
+            raise ValueError(f"it is of another optimizer (--optim): {name} has no 8-bit state")
+        live.set_optimizer_state({names[number]: values for number, values in found.items()})
+    except READ_ERRORS as error:
+        reason = first_line(error)
+        problem = f"The optimizer state in {path} cannot be read: {reason} {RESET_ADVICE}"
+    fail_together(problem)
 
 
 @contextmanager
@@ -220,14 +246,23 @@ def _set_optimizer(
         return _fitting_optimizer(found, live, folder)
 
     state = on_main_process(accelerator, read)
-    counts = [{name: float(values["step"]) for name, values in (state or {}).items()}]
-    (steps,) = broadcast_object_list(counts)
-    live.begin_optimizer(steps)
-    for name in steps:
-        for kind in MOMENTS:
+    (found,) = broadcast_object_list([_outline(state or {})])
+    kinds: dict[str, tuple[str, ...]] = found["moments"]
+    live.begin_optimizer(found["steps"])
+    for name in kinds:
+        for kind in kinds[name]:
             whole = None if state is None else state[name].pop(kind)
             live.set_moment(name, kind, _send(accelerator, whole, live.shape(name)))
     live.finish_optimizer()
+
+
+def _outline(state: OptimizerState) -> dict[str, Any]:
+    """What a rank must know of the state before its tensors come."""
+    counted = {name: values["step"] for name, values in state.items() if "step" in values}
+    return {
+        "moments": {name: moments_of(values) for name, values in state.items()},
+        "steps": {name: float(step) for name, step in counted.items()},
+    }
 
 
 def _fitting_optimizer(found: OptimizerState, live: Live, folder: Path) -> OptimizerState:
@@ -236,17 +271,23 @@ def _fitting_optimizer(found: OptimizerState, live: Live, folder: Path) -> Optim
     Raises:
         CheckpointError: it belongs to other parameters, or cannot be carried over.
     """
+    try:
+        check_moments(_outline(found)["moments"], live.moments())
+    except ValueError as error:
+        raise CheckpointError(
+            f"The optimizer state in {folder} cannot be taken over: {error}. {RESET_ADVICE}"
+        ) from None
     fitting: OptimizerState = {}
     for name, values in found.items():
         shape = live.shape(name) if name in live.parameters else None
-        if shape is None or any(values[kind].numel() != shape.numel() for kind in MOMENTS):
+        kinds = moments_of(values)
+        if shape is None or any(values[kind].numel() != shape.numel() for kind in kinds):
             raise CheckpointError(
                 f"The optimizer state in {folder} does not fit the model at {name}. {RESET_ADVICE}"
             )
         # ZeRO-3 leaves them flat.
-        moments = {kind: values[kind].reshape(shape) for kind in MOMENTS}
-        fitting[name] = {"step": values["step"]} | moments
-    counts = sorted({float(values["step"]) for values in fitting.values()})
+        fitting[name] = values | {kind: values[kind].reshape(shape) for kind in kinds}
+    counts = sorted({*_outline(fitting)["steps"].values()})
     if isinstance(live, LiveZero) and len(counts) > 1:
         raise CheckpointError(
             f"The parameters in {folder} were updated from {counts[0]:g} to {counts[-1]:g} times,"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ SHARDED_OPTIMIZER = "optimizer_0"
 DEEPSPEED_FOLDER = "pytorch_model"
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, beside its `step`
+MUON_MOMENTS = ("momentum_buffer",)  # of Muon, which counts no steps
 RESET_ADVICE = "Give --reset_optimizer to go on with its weights and a new optimizer."
 OTHER_ADVICE = (
     "Continue from another checkpoint (--resume_from_checkpoint), or under the backend that wrote"
@@ -63,7 +64,7 @@ def read_weights(folder: Path, form: StateForm) -> Weights:
         if form.layout == "plain":
             found = load_file(path)
         elif form.layout == "full":
-            found = _load_pickled_tensors(path)
+            found = load_pickled_tensors(path)
         elif form.layout == "sharded":
             found = _read_sharded(path, "model.")
         else:
@@ -78,7 +79,7 @@ def read_weights(folder: Path, form: StateForm) -> Weights:
 def read_optimizer(
     folder: Path, form: StateForm, parameters: Sequence[str] | None, scratch: Path
 ) -> OptimizerState:
-    """AdamW's state by parameter name, whole and on the CPU: `step` and the `MOMENTS`.
+    """The state by parameter name, whole and on the CPU, of what `moments_of` knows.
 
     Parameters that were never updated are missing.
 
@@ -88,21 +89,21 @@ def read_optimizer(
         scratch: an empty folder, on a disk with room for seven copies of the weights in float32.
 
     Raises:
-        CheckpointError: it is missing or damaged, or holds something other than AdamW's state.
+        CheckpointError: it is missing or damaged, or of an optimizer that is not known here.
     """
     folder_name = {"sharded": SHARDED_OPTIMIZER, "deepspeed": DEEPSPEED_FOLDER}
     path = folder / folder_name.get(form.layout, OPTIMIZER)
     require(path, RESET_ADVICE)
     try:
         if form.layout == "plain":
-            found = _by_name(_load_pickled_tensors(path), form.optimizer_parameters or parameters)
+            found = _by_name(load_pickled_tensors(path), form.optimizer_parameters or parameters)
         elif form.layout == "full":
-            found = _load_pickled_tensors(path)["state"]
+            found = load_pickled_tensors(path)["state"]
         elif form.layout == "sharded":
             found = _unflatten(_read_sharded(path, "optimizer.state."))
         else:
             found = _read_zero_optimizer(path, scratch)
-        state = {plain_name(name): _adam_state(values) for name, values in found.items()}
+        state = {plain_name(name): _known_state(values) for name, values in found.items()}
     except READ_ERRORS as error:
         raise CheckpointError(
             f"The optimizer state in {path} cannot be read: {first_line(error)} {RESET_ADVICE}"
@@ -120,7 +121,8 @@ def require(path: Path, advice: str) -> None:
         raise CheckpointError(f"{path.parent} has no {path.name}. {advice}")
 
 
-def _load_pickled_tensors(path: Path) -> Any:
+def load_pickled_tensors(path: Path) -> Any:
+    """What torch saved, if it is tensors and plain values; they may lie in the file still."""
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -136,10 +138,38 @@ def _by_name(
     return {names[number]: values for number, values in optimizer["state"].items()}
 
 
-def _adam_state(values: Mapping[str, Any]) -> dict[str, Tensor]:
+def moments_of(names: Collection[str]) -> tuple[str, ...]:
+    """Which moments the state of a parameter holds: AdamW's, but for Muon's where it has those."""
+    return MUON_MOMENTS if set(MUON_MOMENTS) <= set(names) else MOMENTS
+
+
+def is_quantized(values: Mapping[str, Any]) -> bool:
+    """Whether the state of a parameter is of bitsandbytes, which has names of its own for it."""
+    return not {"momentum_buffer", *MOMENTS} & {*values} and "step" in values
+
+
+def check_moments(
+    found: Mapping[str, tuple[str, ...]], expected: Mapping[str, tuple[str, ...]]
+) -> None:
+    """Makes sure that what was `found` is of the optimizer of this run, each by parameter name.
+
+    Raises:
+        ValueError: it is of another.
+    """
+    for name, kinds in found.items():
+        if kinds != expected.get(name, kinds):
+            theirs, ours = " and ".join(kinds), " and ".join(expected[name])
+            raise ValueError(
+                f"it is of another optimizer (--optim): {name} has {theirs} there, {ours} here"
+            )
+
+
+def _known_state(values: Mapping[str, Any]) -> dict[str, Tensor]:
+    if moments_of(values) == MUON_MOMENTS:
+        return {key: values[key] for key in MUON_MOMENTS}
     missing = [key for key in ("step", *MOMENTS) if key not in values]
     if missing:
-        raise ValueError(f"it is not of AdamW: {', '.join(missing)} missing")
+        raise ValueError(f"it is not of AdamW or Muon (--optim): {', '.join(missing)} missing")
     step = torch.as_tensor(values["step"], dtype=torch.float32).reshape(())
     return {"step": step} | {key: values[key] for key in MOMENTS}
 

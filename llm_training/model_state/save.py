@@ -7,16 +7,15 @@ write, others would be left waiting for it in an exchange.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.checkpointing import save_accelerator_state
-from accelerate.utils import save
+from accelerate.utils.other import clean_state_dict_for_safetensors
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -39,9 +38,17 @@ from llm_training.model_state.sharded import save_sharded_optimizer, save_sharde
 STATE_BYTES = 3 * 4  # of a parameter: its weight and AdamW's two moments, in float32
 ESTIMATE_MARGIN = 1.05  # for names, headers and random states
 
+# Takes whole files by name, on rank 0: tensors by name, or what `torch.save` writes.
+Put = Callable[[dict[str, Any]], object]
 
-def save_model_state(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
+
+def save_model_state(accelerator: Accelerator, folder: Path, put: Put) -> dict[str, Any]:
     """Saves what Accelerate has prepared; every rank must call this.
+
+    Args:
+        folder: where every rank writes its own parts, and libraries what they make.
+        put: takes the files that hold whole weights or the whole optimizer; done with them when
+            it returns. The layouts "plain" and "full" have such files.
 
     Returns:
         What the manifest must note for `load_model_state`.
@@ -50,13 +57,10 @@ def save_model_state(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
         SaveError: a rank could not write; on every rank.
     """
     form = StateForm.of_run(accelerator)
-    writers = {
-        "plain": _save_plain,
-        "full": _save_full,
-        "sharded": _save_sharded,
-        "deepspeed": _save_zero,
-    }
-    writers[form.layout](accelerator, folder)
+    if form.layout in ("plain", "full"):
+        (_save_plain if form.layout == "plain" else _save_full)(accelerator, put)
+    else:
+        (_save_sharded if form.layout == "sharded" else _save_zero)(accelerator, folder)
     scaler = accelerator.scaler if accelerator.is_main_process else None  # the same on all
     rank = accelerator.process_index
     save_together(
@@ -87,29 +91,26 @@ def _live(accelerator: Accelerator) -> LiveModel:
     return LiveModel(model, optimizer.optimizer)
 
 
-def _save_plain(accelerator: Accelerator, folder: Path) -> None:
+def _save_plain(accelerator: Accelerator, put: Put) -> None:
     """One process or DDP: rank 0 has all."""
     (model,) = accelerator._models
     weights = accelerator.get_state_dict(model, unwrap=False)
-    save_on_main_process(
-        accelerator,
-        f"write {PLAIN_WEIGHTS}",
-        lambda: save(weights, folder / PLAIN_WEIGHTS, safe_serialization=True),
-    )
+    contents: dict[str, Any] = {PLAIN_WEIGHTS: clean_state_dict_for_safetensors(weights)}
     for optimizer in accelerator._optimizers:
-        _write_tensors(accelerator, folder / OPTIMIZER, optimizer.state_dict())
+        contents[OPTIMIZER] = optimizer.state_dict()
+    _put(accelerator, put, contents)
 
 
-def _save_full(accelerator: Accelerator, folder: Path) -> None:
+def _save_full(accelerator: Accelerator, put: Put) -> None:
     """FSDP2 put together: only on rank 0, but every rank takes part in it."""
     live = _live(accelerator)
     assert live.optimizer is not None
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(live.model, options=options)
-    _write_tensors(accelerator, folder / FULL_WEIGHTS, weights)
+    _put(accelerator, put, {FULL_WEIGHTS: weights})
     del weights  # the optimizer needs the room
     state = get_optimizer_state_dict(live.model, live.optimizer, options=options)
-    _write_tensors(accelerator, folder / OPTIMIZER, state)
+    _put(accelerator, put, {OPTIMIZER: state})
 
 
 def _save_sharded(accelerator: Accelerator, folder: Path) -> None:
@@ -172,11 +173,6 @@ def _failures_kept(engine: Any) -> Iterator[list[tuple[str, Exception]]]:
         del writer.save, engine._copy_recovery_script  # the methods of their classes again
 
 
-def _write_tensors(accelerator: Accelerator, path: Path, content: dict[str, Any]) -> None:
-    """Writes a file on rank 0; every rank must call this."""
-
-    def write() -> None:
-        with path.open("wb") as file:  # given a path, torch would not say why it failed
-            torch.save(content, file)
-
-    save_on_main_process(accelerator, f"write {path.name}", write)
+def _put(accelerator: Accelerator, put: Put, contents: dict[str, Any]) -> None:
+    """Every rank must call this."""
+    save_on_main_process(accelerator, f"write {', '.join(contents)}", lambda: put(contents))

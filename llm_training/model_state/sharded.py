@@ -17,7 +17,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._pytree import tree_map
 
 from llm_training.model_state.live import LiveModel, local_part
-from llm_training.model_state.readers import MOMENTS
+from llm_training.model_state.readers import check_moments, moments_of
 
 STATE = "optimizer.state."  # before the name of a parameter and the kind of its state
 
@@ -42,20 +42,31 @@ def load_sharded_optimizer(live: LiveModel, folder: Path) -> None:
     """Reads this rank's part of the optimizer state; every rank must call this.
 
     Raises:
-        ValueError: it holds state of parameters that the model does not have.
+        ValueError: it holds state of parameters that the model does not have, or of another
+            optimizer.
     """
-    written = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    # What was never updated has no state.
-    names = [key[len(STATE) : -len(".step")] for key in written if key.endswith(".step")]
-    if foreign := sorted(set(names) - set(live.optimizer_parameters)):
+    kinds = _written_kinds(folder)
+    if foreign := sorted(set(kinds) - set(live.optimizer_parameters)):
         raise ValueError(f"it has state of {foreign[0]}, which the model does not train")
+    moments = {name: moments_of(written) for name, written in kinds.items()}
+    check_moments(moments, live.moments())
     targets: dict[str, Any] = {
-        name: {"step": torch.zeros(())}
-        | {kind: torch.zeros_like(live.parameters[name].detach()) for kind in MOMENTS}
-        for name in names
+        name: ({"step": torch.zeros(())} if "step" in written else {})
+        | {kind: torch.zeros_like(live.parameters[name].detach()) for kind in moments[name]}
+        for name, written in kinds.items()
     }
     _load({"state": targets}, "optimizer", folder)
     live.set_optimizer_state(targets)
+
+
+def _written_kinds(folder: Path) -> dict[str, set[str]]:
+    """What is written of each parameter; one that was never updated has no state."""
+    kinds: dict[str, set[str]] = {}
+    for key in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata:
+        if key.startswith(STATE):
+            name, _, kind = key[len(STATE) :].rpartition(".")
+            kinds.setdefault(name, set()).add(kind)
+    return kinds
 
 
 def _save(tree: dict[str, Any], folder: Path) -> None:

@@ -11,7 +11,6 @@ processes takes longer than such a run, hence all in one launch.
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from torch import distributed
 import train_llm
 from arguments import Arguments
 from llm_training.argument_parsing import read_arguments
+from llm_training.checksums import file_checksum, file_note
 from llm_training.launch_settings import read_launch_settings
 from llm_training.outputs import OutputFolder
 from llm_training.ranks import leave
@@ -94,7 +94,7 @@ def spoil(words: list[str]) -> dict[str, Any]:
         else:
             size = file.stat().st_size
             file.write_bytes(file.read_bytes()[: size // 2] + bytes(size - size // 2))
-            noted["files"][name]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+            noted["files"][name] = file_note(size, file_checksum(file))
         manifest.write_text(json.dumps(noted), "utf-8")
     over_ranks("done")
     return {}

@@ -152,7 +152,9 @@ class TextEncoder:
         """
         at_a_time = max(_BATCHES_AT_A_TIME, self._num_processes)
         with ExitStack() as stack:
-            threads = stack.enter_context(ThreadPoolExecutor(at_a_time))
+            threads = ThreadPoolExecutor(at_a_time)
+            # Left early, nobody wants the rest; and one of the threads may be what drops this.
+            stack.callback(threads.shutdown, wait=False, cancel_futures=True)
             # The library uses all cores itself; words are looked up on one.
             if self._num_processes > 1 and self._backend is not None and self._plain.has_words:
                 self._processes = stack.enter_context(

@@ -1,0 +1,233 @@
+"""The last linear layer and the loss behind it, for a part of the positions at a time.
+
+The logits (N, V) of a micro-batch are the largest tensors of a step: at 50k tokens of vocabulary
+they, their probabilities and their gradient hold more than all other activations together. Here
+they exist for one chunk of positions only. Its gradient is computed at once, so that nothing has
+to be computed twice: three matrix products for a chunk, as many as without chunks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llm_training.losses import IGNORE_INDEX
+from llm_training.zero_init import whole_models
+
+# Logits of one chunk in float32. Smaller chunks add to the weight's gradient more often, which
+# takes time; larger ones take memory (benchmarks/results/loss_head_cpu.md). A GPU multiplies so
+# much faster than it adds that its chunks are larger: by reckoning, not by measurement.
+CPU_CHUNK_BYTES = 64 * 2**20
+GPU_CHUNK_BYTES = 1024 * 2**20
+# Chunks in a micro-batch from which on the memory they save is worth their code path.
+WORTHWHILE_CHUNKS = 4
+
+
+def is_worth_chunking(num_positions: int, vocab_size: int, device_type: str) -> bool:
+    """Whether the logits of a micro-batch of `num_positions` would take much memory."""
+    return num_positions > WORTHWHILE_CHUNKS * positions_per_chunk(vocab_size, device_type)
+
+
+def positions_per_chunk(vocab_size: int, device_type: str) -> int:
+    """How many positions have their logits computed together."""
+    chunk_bytes = CPU_CHUNK_BYTES if device_type == "cpu" else GPU_CHUNK_BYTES
+    return max(1, chunk_bytes // (4 * vocab_size))
+
+
+class ChunkedHead(nn.Linear):
+    """The last layer of a language model, in the place of a plain one, with its very parameters.
+
+    It gives logits as that one did, or, where it is told the next tokens, their loss. The model's
+    own forward pass runs in both cases, and with it the hooks by which backends gather weights.
+    """
+
+    def __init__(self, head: nn.Linear):
+        super().__init__(head.in_features, head.out_features, head.bias is not None, device="meta")
+        self.weight, self.bias = head.weight, head.bias
+        self._next_tokens: Tensor | None = None
+        self._counts_correct = False
+        self._correct: Tensor | None = None
+
+    @classmethod
+    def take_place(cls, model: PreTrainedModel) -> ChunkedHead:
+        """Puts one where `model` has its head; `why_not_chunked` must have no objection."""
+        head = cls(model.get_output_embeddings())
+        model.set_output_embeddings(head)
+        return head
+
+    @contextmanager
+    def judging(self, next_tokens: Tensor, count_correct: bool) -> Iterator[None]:
+        """Inside, the next call returns the loss of `next_tokens` (B, T), not logits."""
+        self._next_tokens, self._counts_correct = next_tokens.flatten(), count_correct
+        try:
+            yield
+            assert self._next_tokens is None, "the model did not call its head"
+        finally:
+            self._next_tokens = None
+
+    def take_correct(self) -> Tensor | None:
+        """How many tokens the last judged call guessed right, where they were counted."""
+        correct, self._correct = self._correct, None
+        return correct
+
+    @torch.compiler.disable  # chunks differ in length, and their products are all there is to do
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of `hidden` (..., H); or the summed loss, a scalar float32."""
+        next_tokens, self._next_tokens = self._next_tokens, None
+        if next_tokens is None:
+            return super().forward(hidden)
+        loss, correct = linear_token_loss_sum(
+            hidden.flatten(0, -2),
+            self.weight,
+            self.bias,
+            next_tokens,
+            positions_per_chunk(self.out_features, hidden.device.type),
+            count_correct=self._counts_correct,
+        )
+        self._correct = correct
+        return loss
+
+
+def why_not_chunked(model: PreTrainedModel) -> str | None:
+    """Why the loss of `model` cannot be computed within its head; None where it can.
+
+    Some models scale or bend what their head returns, and a loss from there would be another one.
+    So a twin without weights or arithmetic runs: its logits must be what its head returned.
+    """
+    kind = model.config.model_type
+    if type(model.get_output_embeddings()) is not nn.Linear:
+        return f"the head of {kind} is no plain linear layer"
+    config = copy.deepcopy(model.config)
+    plainly = {"attn_implementation": "eager", "experts_implementation": "batched_mm"}
+    returned: list[Tensor] = []
+    try:
+        with torch.device("meta"), whole_models(), torch.no_grad():
+            twin = type(model)._from_config(config, **plainly)
+            head = twin.get_output_embeddings()
+            head.register_forward_hook(lambda _, __, output: returned.append(output))
+            ids = torch.zeros((1, 2), dtype=torch.int64)
+            # With a mask; without one, some models look into the positions for several documents.
+            logits = twin(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    except Exception as error:  # models fail in many ways where there is nothing to compute with
+        reason = str(error).partition("\n")[0]
+        return f"{kind} cannot be tried without its weights ({type(error).__name__}: {reason})"
+    is_untouched = len(returned) == 1 and logits is returned[0] and logits._version == 0
+    if is_untouched and logits.shape == (1, 2, head.out_features):
+        return None
+    return f"{kind} changes what its head returns before it is judged"
+
+
+def linear_token_loss_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    next_tokens: Tensor,
+    chunk_size: int,
+    *,
+    count_correct: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`token_loss_sum` of the logits `hidden @ weight.T + bias`, which never exist as a whole.
+
+    The products are computed in autocast's type, where it is on, and in `hidden`'s elsewhere; loss
+    and probabilities in float32; the gradients of weight and bias are summed over the chunks in
+    float32. Positions that predict nothing cost nothing. Its gradient has no gradient.
+
+    Args:
+        hidden: (N, H) in any floating type.
+        weight: (V, H).
+        bias: (V,) or None.
+        next_tokens: (N,) int64, `IGNORE_INDEX` where nothing is predicted.
+        chunk_size: positions that are computed together.
+        count_correct: whether the likeliest guesses are compared with the next tokens.
+
+    Returns:
+        The loss in nats, a scalar float32 tensor, 0 where nothing is predicted; and how many
+        guesses were right (scalar int64), or None.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    how = (chunk_size, dtype, torch.is_grad_enabled(), count_correct)
+    with torch.autocast(device, enabled=False):
+        loss, correct = _LinearTokenLoss.apply(hidden, weight, bias, next_tokens, *how)
+    return loss, correct if count_correct else None
+
+
+class _LinearTokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        next_tokens: Tensor,
+        chunk_size: int,
+        dtype: torch.dtype,
+        is_training: bool,
+        count_correct: bool,
+    ) -> tuple[Tensor, Tensor]:
+        needs_hidden, needs_weight, needs_bias = (
+            is_training and needed for needed in ctx.needs_input_grad[:3]
+        )
+        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        grad_weight = _zeros_for_sum(weight) if needs_weight else None
+        grad_bias = _zeros_for_sum(bias) if needs_bias and bias is not None else None
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        correct = next_tokens.new_zeros(())
+        matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+        for places in (next_tokens != IGNORE_INDEX).nonzero()[:, 0].split(chunk_size):
+            inputs = hidden[places].to(dtype)
+            targets = next_tokens[places, None]
+            logits = F.linear(inputs, matrix, offset)
+            if count_correct:
+                correct += (logits.argmax(-1, keepdim=True) == targets).sum()
+            values = logits.log_softmax(-1, dtype=torch.float32)
+            del logits  # each is given back as soon as it can be: only a chunk's memory counts
+            loss -= values.gather(1, targets).sum()
+            if needs_hidden or needs_weight or needs_bias:
+                slope = _slope_of_logits(values, targets)
+                del values
+                if grad_bias is not None:
+                    grad_bias += slope.sum(0)
+                slope = slope.to(dtype)
+                if grad_hidden is not None:
+                    grad_hidden[places] = (slope @ matrix).to(hidden.dtype)
+                if grad_weight is not None:
+                    _add_product(grad_weight, slope.T, inputs)
+                del slope
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        # In place, since they are as large as the weight: torch refuses a second backward pass.
+        for gradient in ctx.saved_tensors:
+            if gradient is not None:
+                gradient.mul_(grad_loss)
+        return grad_hidden, grad_weight, grad_bias, *(None,) * 5
+
+
+def _slope_of_logits(log_probabilities: Tensor, targets: Tensor) -> Tensor:
+    """The gradient of the loss, in the place of `log_probabilities`: probability - 1 or - 0."""
+    slope = log_probabilities.exp_()
+    return slope.scatter_(1, targets, slope.gather(1, targets) - 1)
+
+
+def _zeros_for_sum(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds the matrix product to `total`, which may be of a wider type."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
