@@ -39,15 +39,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="pairs of runs")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each run")
+    parser.add_argument("--dropout", type=float, help="of both; by default the model's own 0.1")
     parser.add_argument("--example", metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.example:
-        example(Path(options.example), options.steps)
+        example(Path(options.example), options.steps, options.dropout)
         return
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         write_corpus(Path(folder))
-        compare(Path(folder), options.rounds, options.steps)
+        compare(Path(folder), options)
 
 
 def write_corpus(folder: Path) -> None:
@@ -59,11 +60,13 @@ def write_corpus(folder: Path) -> None:
     train_tokenizer("bpe", texts[::10], VOCAB_SIZE).save_pretrained(folder / "tokenizer")
 
 
-def compare(folder: Path, rounds: int, steps: int) -> None:
+def compare(folder: Path, options: argparse.Namespace) -> None:
+    rounds, steps = options.rounds, options.steps
+    dropout = [] if options.dropout is None else ["--dropout", str(options.dropout)]
     ratios = []
     for number in range(rounds):
-        ours = time_of(our_command(folder, number, steps), folder)
-        words = ["--example", str(folder), "--steps", str(steps)]
+        ours = time_of([*our_command(folder, number, steps), *dropout], folder)
+        words = ["--example", str(folder), "--steps", str(steps), *dropout]
         theirs = time_of([sys.executable, __file__, *words], folder)
         ratios.append(theirs / ours)
         print(f"round {number + 1}: ours {ours:.1f} s, example {theirs:.1f} s", flush=True)
@@ -105,7 +108,7 @@ def our_command(folder: Path, number: int, steps: int) -> list[str]:
     return [sys.executable, str(ROOT / "train_llm.py"), str(folder / "run.json")]
 
 
-def example(folder: Path, steps: int) -> None:
+def example(folder: Path, steps: int, dropout: float | None) -> None:
     """The usual shape: rows of text, two maps, a DataLoader, a plain forward pass, AdamW."""
     import datasets
     import torch
@@ -138,7 +141,7 @@ def example(folder: Path, steps: int) -> None:
         loader = torch.utils.data.DataLoader(
             rows, batch_size=BATCH_SIZE, shuffle=True, collate_fn=default_data_collator
         )
-        network = build_model(None)
+        network = build_model(dropout)
         adamw = torch.optim.AdamW(network.parameters(), lr=1e-4)
         model, optimizer, loader = accelerator.prepare(network, adamw, loader)
         for step, batch in enumerate(loader):

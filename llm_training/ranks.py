@@ -250,13 +250,13 @@ def is_first_to_say(message: str) -> bool:
 def leave(code: int) -> NoReturn:
     """Ends this process with `code`, and the exchange with the others in an orderly way.
 
-    After an exchange the interpreter is not taken down piece by piece: threads of gloo that come to
-    their end meanwhile abort the process now and then, and a run that is done would count as
-    failed.
+    The interpreter is not taken down piece by piece: that takes most of a second, and threads of
+    gloo that come to their end meanwhile abort the process now and then, so that a run that is done
+    would count as failed.
     """
     if not distributed.is_initialized():
-        sys.exit(code)
-    if code == 0:  # otherwise, an orderly end would wait for processes that may be gone
+        atexit._run_exitfuncs()
+    elif code == 0:  # otherwise, an orderly end would wait for processes that may be gone
         distributed.destroy_process_group()
         atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -74,12 +74,6 @@ def test_an_error_of_ours_is_no_broken_exchange(monkeypatch: pytest.MonkeyPatch)
     assert "rank 1: the processes did not find" in str(ranks.explain_broken_exchange(closed))
 
 
-def test_a_single_process_leaves_with_its_code() -> None:
-    with pytest.raises(SystemExit) as left:
-        ranks.leave(3)
-    assert left.value.code == 3
-
-
 LEAVING = """
 import atexit, os, sys
 from torch import distributed
@@ -91,14 +85,25 @@ class Aborts:
 
 aborts = Aborts()
 atexit.register(print, "the last words")
-distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+if sys.argv[1]:
+    store = "file://" + sys.argv[1]
+    distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
 ranks.leave(int(sys.argv[2]))
 """
 
 
-@pytest.mark.parametrize(("code", "said"), [(0, "the last words\n"), (3, "")])
-def test_nothing_fails_after_the_end_of_an_exchange(tmp_path: Path, code: int, said: str) -> None:
-    words = [sys.executable, "-c", LEAVING, str(tmp_path / "store"), str(code)]
+@pytest.mark.parametrize(
+    ("is_alone", "code", "said"),
+    [
+        (True, 0, "the last words\n"),
+        (True, 3, "the last words\n"),
+        (False, 0, "the last words\n"),
+        (False, 3, ""),
+    ],
+)
+def test_nothing_fails_after_the_end(tmp_path: Path, is_alone: bool, code: int, said: str) -> None:
+    store = "" if is_alone else str(tmp_path / "store")
+    words = [sys.executable, "-c", LEAVING, store, str(code)]
     ended = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
     assert (ended.returncode, ended.stdout) == (code, said), ended.stderr
 
