@@ -1,7 +1,8 @@
 """`train_llm.py` that gets a signal at a given place: WHOM SIGNAL PLACE NUMBER RANK, its arguments.
 
 WHOM is `self`, `launcher` or `all`: the launcher and its processes, as Slurm ends a job. PLACE is
-where the process of RANK sends it: in `step` or `evaluation` number NUMBER, or in the `build`.
+where the process of RANK sends it: in `step`, `evaluation` or `save` number NUMBER, or in the
+`build`.
 """
 
 import os
@@ -12,14 +13,14 @@ import time
 import psutil
 
 import train_llm
-from llm_training import ranks, run
+from llm_training import checkpoint_writing, network, ranks
 from llm_training.argument_parsing import parse_arguments
 from llm_training.stopping import end_with_launcher
 
 WHOM, SIGNAL, PLACE, NUMBER, RANK = sys.argv[1:6]
 IS_SENDER = os.environ.get("RANK", "0") == RANK
 AFTERWARDS_SECONDS = 0.1  # of every later step: the signal arrives before the run is over
-before_call = {"step": 0, "evaluation": 0, "build": 0}
+before_call = {"step": 0, "evaluation": 0, "save": 0, "build": 0}
 
 
 def send() -> None:
@@ -49,6 +50,8 @@ def signalled(place, work):
 
 train_llm.optimizer_step = signalled("step", train_llm.optimizer_step)
 train_llm.evaluate = signalled("evaluation", train_llm.evaluate)
-run.build_model = signalled("build", run.build_model)
+network.build_model = signalled("build", network.build_model)
+save_model_state = signalled("save", checkpoint_writing.save_model_state)
+checkpoint_writing.save_model_state = save_model_state
 end_with_launcher()
 ranks.leave(train_llm.main(parse_arguments(sys.argv[6:])))

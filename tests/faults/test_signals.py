@@ -105,6 +105,20 @@ def require_same_run(config: str, folder: Path, output: Path, expected: Curve) -
     assert (output / "result.json").exists()
 
 
+@pytest.mark.parametrize(("config", "rank"), [("python", "0"), ("ddp", "1")])
+def test_a_save_is_finished(
+    config: str, rank: str, folder: Path, tmp_path: Path, undisturbed: Callable[[str], Curve]
+) -> None:
+    output = tmp_path / "run"
+    settings = json.loads((folder / "run.json").read_text()) | {"save_steps": 5}
+    (tmp_path / "run.json").write_text(json.dumps(settings))
+    stopped = start(config, WORKER, tmp_path, output, "self", "SIGTERM", "save", "1", rank)
+    assert stopped.returncode != 0
+    assert "stopped by SIGTERM at step 11; the same command continues" in stopped.stderr
+    assert checkpoints(output) == ["step-00000010", "step-00000011"]
+    require_same_run(config, tmp_path, output, undisturbed(config))
+
+
 @pytest.mark.parametrize("whom", ["self", "launcher", "all"])
 def test_sigterm_stops_all_ranks_at_one_step(
     whom: str, folder: Path, tmp_path: Path, undisturbed: Callable[[str], Curve]
