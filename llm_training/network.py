@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from accelerate import Accelerator
 from transformers import PretrainedConfig
 
@@ -52,4 +55,22 @@ def build_network(
     )
     if is_fast_path:
         lines = [fast_path_line(fuse_gelu(model), memory), *lines]
+    if arguments.torch_compile:
+        lines = [keep_compiled_code(arguments.cache_dir), *lines]
     return CausalLMWithLoss(model, chunked_loss=is_chunked), lines
+
+
+def keep_compiled_code(cache_dir: str) -> str:
+    """Has torch keep what it compiles beside the tokens, unless the environment says where.
+
+    Its own place is a folder for temporary files, which many systems empty when they start.
+
+    Returns:
+        What the log says of it.
+    """
+    ours = str(Path(cache_dir).absolute() / "compiled")
+    folder = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", ours)
+    return (
+        "Compile  the first step and the first evaluation compile the blocks, which takes up to"
+        f" minutes; later starts find the code in {folder}"
+    )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from torch import nn
 
 from llm_training.chunked_loss import ChunkedHead
+from llm_training.network import keep_compiled_code
 from tests.small_runs import curve, open_place, train_small, weights
 
 
@@ -56,6 +58,16 @@ def seen_heads(monkeypatch: pytest.MonkeyPatch) -> list[type[nn.Module]]:
         lambda network: found.append(type(network.model.get_output_embeddings())) or "same",
     )
     return found
+
+
+def test_compiled_code_is_kept_for_later_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    assert keep_compiled_code(str(tmp_path)).endswith("find the code in elsewhere")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    assert keep_compiled_code(str(tmp_path)).endswith(f"find the code in {tmp_path}/compiled")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == f"{tmp_path}/compiled"
 
 
 def test_flash_attention_needs_16_bits(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
