@@ -1,14 +1,14 @@
 """Kills runs with SIGKILL again and again, and compares what they come to with one never killed.
 
-    python -m tests.faults.chaos --kills 200 --seed 1 [--backends single ddp fsdp zero2 async]
+    python -m tests.faults.chaos --kills 200 --seed 1 [--backends single ddp fsdp zero2 ...]
 
 Half of the kills come at a random moment of the run, to all ranks at once. The other half come from
 within, at a random one of the calls with which a rank opens, makes, renames or removes something in
 the folder of checkpoints: every phase of a save, its retention and the links. Everything is drawn
 from the seed. A killed run is started again with the same command; when it ends, its losses,
 gradient norms, rates, samples, weights, optimizer and random state must be those of the
-uninterrupted run, bit for bit, and a new one begins until there were enough kills. `async` is FSDP2
-with --async_save.
+uninterrupted run, bit for bit, and a new one begins until there were enough kills. `async_...` is
+the same with --async_save.
 
 All libraries are loaded once; the ranks of each start are forks of that one process.
 """
@@ -45,7 +45,8 @@ from llm_training.launch_settings import read_launch_settings  # noqa: E402
 from llm_training.ranks import leave  # noqa: E402
 from tests.distributed.launching import environment_of, free_port  # noqa: E402
 
-BACKENDS = {"single": 1, "ddp": 2, "fsdp": 2, "zero2": 2, "async": 2}  # processes of each
+# Processes of each.
+BACKENDS = {"single": 1, "ddp": 2, "fsdp": 2, "zero2": 2, "async_single": 1, "async_fsdp": 2}
 FILE_CALLS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink")
 PATIENCE_SECONDS = 120.0
 SETTINGS: dict[str, Any] = {
@@ -120,10 +121,13 @@ class Attempts:
         self.output = folder / "run"
         folder.mkdir(parents=True)
         own: dict[str, Any] = {"train_file": str(text)}
-        own |= {"cache_dir": str(folder.parent / "token_cache"), "async_save": backend == "async"}
+        own |= {
+            "cache_dir": str(folder.parent / "token_cache"),
+            "async_save": backend[:6] == "async_",
+        }
         (folder / "run.json").write_text(json.dumps(SETTINGS | own))
         self.words = [str(folder / "run.json"), "--output_dir", str(self.output)]
-        config = "fsdp" if backend == "async" else backend
+        config = backend.removeprefix("async_")
         self.environment = {} if config == "single" else environment_of(config, self.num_ranks)
 
     def start(self, kill: Kill | None = None) -> bool:
