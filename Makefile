@@ -48,7 +48,7 @@ bench: $(FOR_RUNS)  ## Measure what the README claims, in one round each (their 
 equivalence: $(FOR_RUNS)  ## Train under every backend, print how far the curves differ (4 minutes)
 	@$(VENV_PYTHON) benchmarks/equivalence.py
 
-chaos: $(FOR_TESTS)  ## Kill small runs 200 times, compare them with ones never killed (6 minutes)
+chaos: $(FOR_TESTS)  ## Kill small runs 200 times, compare them with ones never killed (4 minutes)
 	@$(VENV_PYTHON) -m tests.faults.chaos --kills 200
 
 docs: $(FOR_RUNS)  ## Rewrite the README's table of arguments
