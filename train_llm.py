@@ -530,6 +530,5 @@ def sample(run: Run, speaker: PreTrainedModel) -> str:
 
 
 if __name__ == "__main__":
-    gc.freeze()
     gc.enable()
     leave(main(ARGUMENTS))

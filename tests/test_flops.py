@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from llm_training import reporting
 from llm_training.flops import PEAKS, count_multiplied, model_flops_per_token, peak_flops
+from tests.small_runs import open_place, read_log, train_small
 
 
 def flops(model_type: str, block_size: int = 1024, **overrides: object) -> float | None:
@@ -108,3 +114,30 @@ class TestDevice:
         for name, peak in PEAKS.items():
             assert peak.source, name
             assert peak.half >= (peak.tf32 or 0) >= 0 and peak.half >= peak.fp32, name
+
+
+class TestRun:
+    def test_utilization_is_logged_against_the_peak_of_all_devices(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        place = open_place(tmp_path, monkeypatch)
+        monkeypatch.setattr("llm_training.reporting.device_name", lambda _: "NVIDIA A100-SXM4")
+        assert "perf/mfu" in read_log(train_small(place, "known"))[-1]
+        provenance = (place / "known/provenance.json").read_text(encoding="utf-8")
+        flops = json.loads(provenance)["flops_per_token"]
+        for line in read_log(place / "known"):
+            share = line["perf/tokens_per_second"] * flops / 19.5e12
+            assert line["perf/mfu"] == pytest.approx(share)
+
+    def test_of_an_unknown_device_it_is_absent(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        place = open_place(tmp_path, monkeypatch)
+        assert all("perf/mfu" not in line for line in read_log(train_small(place)))
+
+    def test_tf32_counts_where_it_computes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(reporting, "device_name", lambda _: "NVIDIA A100-SXM4")
+        eight = SimpleNamespace(mixed_precision="no", num_processes=8)
+        assert reporting.peak_of_all(eight) == 8 * 19.5e12
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+        assert reporting.peak_of_all(eight) == 8 * 156e12

@@ -482,6 +482,29 @@ def test_a_longer_run_that_is_stopped_is_not_taken_for_finished(
     assert json.loads((tmp_path / "run" / "result.json").read_text())["step"] == 16
 
 
+GARBAGE = """
+import atexit, gc, runpy, sys
+atexit.register(lambda: print("collects:", gc.isenabled()))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_garbage_is_collected_once_the_imports_are_done(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("Some text. " * 100)
+    words = ["--model_type", "gpt2", "--config_overrides", "n_layer=1,n_embd=16,n_head=2"]
+    words += ["--train_file", "text.txt", "--tokenizer_name", "byte", "--block_size", "16"]
+    words += ["--max_steps", "1", "--eval_steps", "null", "--device", "cpu"]
+    ended = subprocess.run(
+        [sys.executable, "-c", GARBAGE, str(ROOT / "train_llm.py"), *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert "collects: True" in ended.stdout, ended.stderr
+
+
 def test_a_run_that_cannot_be_resumed_is_recorded_as_failed(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
