@@ -43,12 +43,13 @@ def run(
     Args:
         store: a uint16 file of tokens.
         steps: measured, after `WARMUP_STEPS`.
-        same_kernels: fused GELU, kept memory, and the loss as train_llm.py computes it.
+        same_kernels: fused GELU, dropout and loss as train_llm.py computes them, kept memory.
         dropout: None as the configuration says.
     """
     import numpy as np
     import torch
 
+    from llm_training.cpu_dropout import speed_up_dropout
     from llm_training.cpu_speed import fuse_gelu, keep_memory_warm
 
     tokens = np.memmap(store, np.uint16, "r")
@@ -58,6 +59,7 @@ def run(
     model = build_model(dropout)
     if same_kernels:
         fuse_gelu(model)
+        speed_up_dropout(model)
     loss_of = our_loss if same_kernels else plain_loss
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     began = 0.0

@@ -77,15 +77,17 @@ def keep_memory_warm() -> str:
     return f"freed memory kept (up to {limit / 2**30:.1f} GiB)"
 
 
-def fast_path_line(num_fused: int, memory: str) -> str:
+def fast_path_line(num_fused: int, num_dropouts: int, memory: str) -> str:
     """The line of the log that says what is done on this CPU.
 
     Args:
         num_fused: what `fuse_gelu` returned.
+        num_dropouts: what `cpu_dropout.speed_up_dropout` returned.
         memory: what `keep_memory_warm` returned.
     """
     gelu = f"GELU fused in {num_fused} blocks, " if num_fused else ""
-    return f"CPU      {gelu}{memory}"
+    dropout = f"dropout from random bits in {num_dropouts} places, " if num_dropouts else ""
+    return f"CPU      {gelu}{dropout}{memory}"
 
 
 def _is_written_out(module: nn.Module) -> bool:
