@@ -9,6 +9,7 @@ to be computed twice: three matrix products for a chunk, as many as without chun
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_training.losses import IGNORE_INDEX
+from llm_training.vocab_padding import PaddedHead, num_tokens_of
 from llm_training.zero_init import whole_models
 
 # Logits of one chunk in float32. Smaller chunks add to the weight's gradient more often, which
@@ -26,6 +28,8 @@ from llm_training.zero_init import whole_models
 # much faster than it adds that its chunks are larger: by reckoning, not by measurement.
 CPU_CHUNK_BYTES = 64 * 2**20
 GPU_CHUNK_BYTES = 1024 * 2**20
+# Rows of the weight's gradient that are computed at a time where they are of 16 bits.
+PRODUCT_ROWS = 2048
 # Chunks in a micro-batch from which on the memory they save is worth their code path.
 WORTHWHILE_CHUNKS = 4
 
@@ -41,16 +45,15 @@ def positions_per_chunk(vocab_size: int, device_type: str) -> int:
     return max(1, chunk_bytes // (4 * vocab_size))
 
 
-class ChunkedHead(nn.Linear):
-    """The last layer of a language model, in the place of a plain one, with its very parameters.
+class ChunkedHead(PaddedHead):
+    """The last layer of a language model, in the place of another one, with its very parameters.
 
     It gives logits as that one did, or, where it is told the next tokens, their loss. The model's
     own forward pass runs in both cases, and with it the hooks by which backends gather weights.
     """
 
-    def __init__(self, head: nn.Linear):
-        super().__init__(head.in_features, head.out_features, head.bias is not None, device="meta")
-        self.weight, self.bias = head.weight, head.bias
+    def __init__(self, head: nn.Linear, num_tokens: int):
+        super().__init__(head, num_tokens)
         self._next_tokens: Tensor | None = None
         self._counts_correct = False
         self._correct: Tensor | None = None
@@ -58,7 +61,7 @@ class ChunkedHead(nn.Linear):
     @classmethod
     def take_place(cls, model: PreTrainedModel) -> ChunkedHead:
         """Puts one where `model` has its head; `why_not_chunked` must have no objection."""
-        head = cls(model.get_output_embeddings())
+        head = cls(model.get_output_embeddings(), num_tokens_of(model))
         model.set_output_embeddings(head)
         return head
 
@@ -89,6 +92,7 @@ class ChunkedHead(nn.Linear):
             self.bias,
             next_tokens,
             positions_per_chunk(self.out_features, hidden.device.type),
+            num_tokens=self.num_tokens,
             count_correct=self._counts_correct,
         )
         self._correct = correct
@@ -102,7 +106,7 @@ def why_not_chunked(model: PreTrainedModel) -> str | None:
     So a twin without weights or arithmetic runs: its logits must be what its head returned.
     """
     kind = model.config.model_type
-    if type(model.get_output_embeddings()) is not nn.Linear:
+    if type(model.get_output_embeddings()) not in (nn.Linear, PaddedHead):
         return f"the head of {kind} is no plain linear layer"
     config = copy.deepcopy(model.config)
     plainly = {"attn_implementation": "eager", "experts_implementation": "batched_mm"}
@@ -131,6 +135,7 @@ def linear_token_loss_sum(
     next_tokens: Tensor,
     chunk_size: int,
     *,
+    num_tokens: int | None = None,
     count_correct: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`token_loss_sum` of the logits `hidden @ weight.T + bias`, which never exist as a whole.
@@ -145,6 +150,7 @@ def linear_token_loss_sum(
         bias: (V,) or None.
         next_tokens: (N,) int64, `IGNORE_INDEX` where nothing is predicted.
         chunk_size: positions that are computed together.
+        num_tokens: rows of the weight from there on stand for no token and are never predicted.
         count_correct: whether the likeliest guesses are compared with the next tokens.
 
     Returns:
@@ -153,7 +159,8 @@ def linear_token_loss_sum(
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    how = (chunk_size, dtype, torch.is_grad_enabled(), count_correct)
+    num_tokens = weight.shape[0] if num_tokens is None else num_tokens
+    how = (chunk_size, num_tokens, dtype, torch.is_grad_enabled(), count_correct)
     with torch.autocast(device, enabled=False):
         loss, correct = _LinearTokenLoss.apply(hidden, weight, bias, next_tokens, *how)
     return loss, correct if count_correct else None
@@ -168,6 +175,7 @@ class _LinearTokenLoss(torch.autograd.Function):
         bias: Tensor | None,
         next_tokens: Tensor,
         chunk_size: int,
+        num_tokens: int,
         dtype: torch.dtype,
         is_training: bool,
         count_correct: bool,
@@ -181,25 +189,28 @@ class _LinearTokenLoss(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=torch.float32)
         correct = next_tokens.new_zeros(())
         matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
-        for places in (next_tokens != IGNORE_INDEX).nonzero()[:, 0].split(chunk_size):
-            inputs = hidden[places].to(dtype)
+        for places in _places(next_tokens).split(chunk_size):
             targets = next_tokens[places, None]
+            is_judged = targets != IGNORE_INDEX
+            targets = targets.clamp(min=0)
+            inputs = hidden[places].to(dtype)
             logits = F.linear(inputs, matrix, offset)
+            logits[:, num_tokens:] = -math.inf
             if count_correct:
-                correct += (logits.argmax(-1, keepdim=True) == targets).sum()
+                correct += ((logits.argmax(-1, keepdim=True) == targets) & is_judged).sum()
             values = logits.log_softmax(-1, dtype=torch.float32)
             del logits  # each is given back as soon as it can be: only a chunk's memory counts
-            loss -= values.gather(1, targets).sum()
+            loss -= (values.gather(1, targets) * is_judged).sum()
             if needs_hidden or needs_weight or needs_bias:
                 slope = _slope_of_logits(values, targets)
                 del values
                 if grad_bias is not None:
-                    grad_bias += slope.sum(0)
+                    grad_bias += (is_judged.T.to(slope.dtype) @ slope)[0]
                 slope = slope.to(dtype)
                 if grad_hidden is not None:
-                    grad_hidden[places] = (slope @ matrix).to(hidden.dtype)
+                    grad_hidden[places] = (slope @ matrix).to(hidden.dtype) * is_judged
                 if grad_weight is not None:
-                    _add_product(grad_weight, slope.T, inputs)
+                    _add_product(grad_weight, slope.T, inputs * is_judged)
                 del slope
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.mark_non_differentiable(correct)
@@ -212,7 +223,19 @@ class _LinearTokenLoss(torch.autograd.Function):
         for gradient in ctx.saved_tensors:
             if gradient is not None:
                 gradient.mul_(grad_loss)
-        return grad_hidden, grad_weight, grad_bias, *(None,) * 5
+        return grad_hidden, grad_weight, grad_bias, *(None,) * 6
+
+
+def _places(next_tokens: Tensor) -> Tensor:
+    """The positions whose logits are computed, (P,) int64: on a CPU those with a target alone.
+
+    How many these are a GPU would have to be asked, and the host would wait for all that it still
+    has to do; there the logits of all positions are computed, and those without a target count
+    nothing.
+    """
+    if next_tokens.device.type == "cpu":
+        return (next_tokens != IGNORE_INDEX).nonzero()[:, 0]
+    return torch.arange(len(next_tokens), device=next_tokens.device)
 
 
 def _slope_of_logits(log_probabilities: Tensor, targets: Tensor) -> Tensor:
@@ -229,5 +252,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Adds the matrix product to `total`, which may be of a wider type."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
-    else:
-        total += left @ right
+        return
+    # The product of all rows would be as large as the weight.
+    for rows, part in zip(total.split(PRODUCT_ROWS), left.split(PRODUCT_ROWS), strict=True):
+        rows += part @ right

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from llm_training.zero_init import whole_shape
+from llm_training.vocab_padding import trained_shape
 
 # What configurations call the number of experts of a layer.
 NUM_EXPERTS_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -113,9 +113,9 @@ def count_multiplied(model: nn.Module, config: Any) -> float:
     num_experts = next((n for f in NUM_EXPERTS_FIELDS if (n := getattr(config, f, None))), None)
     met = per_token / num_experts if per_token and num_experts else 1.0
     return sum(
-        whole_shape(p).numel() * (met if "experts" in name.split(".") else 1.0)
+        trained_shape(p).numel() * (met if "experts" in name.split(".") else 1.0)
         for name, p in model.named_parameters()
-        if len(whole_shape(p)) >= 2 and (id(p) in heads or id(p) not in tables)
+        if len(trained_shape(p)) >= 2 and (id(p) in heads or id(p) not in tables)
     )
 
 

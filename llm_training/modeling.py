@@ -28,11 +28,17 @@ from llm_training.chunked_loss import (
     why_not_chunked,
 )
 from llm_training.losses import count_correct_tokens, shift_labels, token_loss_sum
+from llm_training.packed_rows import rows_known
+from llm_training.vocab_padding import PaddedHead, pad_vocab, trained_shape, why_not_padded
 from llm_training.zero_init import whole_models, whole_shape
 
 # Probabilities that configurations name in many ways; those of heads we never train stay.
 DROPOUT_FIELD = re.compile(r"^(?!classifier|summary|layer)\w*(dropout|pdrop)(_prob)?$")
 DEFAULT_BLOCK_SIZE = 1024
+# What new models are padded to by themselves: rows of 128 bytes in 16 bits, as tensor cores like.
+# Of a smaller vocabulary the head takes too little of a step for it.
+VOCAB_MULTIPLE = 64
+LARGE_VOCAB = 16384
 
 
 class ModelError(ValueError):
@@ -79,27 +85,33 @@ class CausalLMWithLoss(nn.Module):
         Returns:
             The loss in nats summed over the predicted tokens (scalar float32), and how many
             tokens were guessed right (scalar int64) or None. Without labels the logits (B, T, V),
-            and None.
+            minus infinity where they stand for no token, and None.
         """
+        # Ranks that share a row hand over its positions as well: they part no documents.
+        are_packed = position_ids is not None and next_tokens is None
         if labels is not None:
             next_tokens = shift_labels(labels)
         if next_tokens is not None and self._chunked_heads:
             (head,) = self._chunked_heads
             with head.judging(next_tokens, count_correct):
-                loss = self._head_output(input_ids, position_ids)
+                loss = self._head_output(input_ids, position_ids, are_packed)
             return loss, head.take_correct()
-        logits = self._head_output(input_ids, position_ids).view(*input_ids.shape, -1)
+        logits = self._head_output(input_ids, position_ids, are_packed)
+        logits = logits.view(*input_ids.shape, -1)
         if next_tokens is None:
             return logits, None
         correct = count_correct_tokens(logits, next_tokens) if count_correct else None
         return token_loss_sum(logits, next_tokens), correct
 
-    def _head_output(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+    def _head_output(
+        self, input_ids: Tensor, position_ids: Tensor | None, are_packed: bool
+    ) -> Tensor:
         if position_ids is not None and "flash" in self.config._attn_implementation:
             # Flash attention looks for documents in a single row only.
             input_ids, position_ids = input_ids.view(1, -1), position_ids.view(1, -1)
         # Without a mask and without a cache: with either, documents would see each other.
-        outputs = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        with rows_known(are_packed):
+            outputs = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         logits: Tensor = outputs.logits
         return logits
 
@@ -191,6 +203,43 @@ def build_model(
     return model.train()
 
 
+def fit_vocab(model: PreTrainedModel, arguments: Arguments, *, tp_size: int = 1) -> list[str]:
+    """Pads embedding and head as asked for, or by itself for new models with many tokens.
+
+    It depends on the model alone and not on the device, so that checkpoints can go elsewhere.
+
+    Args:
+        tp_size: ranks that hold the model between them; a head that they share is not padded.
+
+    Returns:
+        What the log says of it.
+
+    Raises:
+        ModelError: it was asked for and cannot be.
+    """
+    vocab_size = model.config.get_text_config().vocab_size
+    multiple = asked = arguments.pad_vocab_to_multiple_of
+    if multiple is None:
+        is_large = arguments.model_type is not None and vocab_size >= LARGE_VOCAB
+        multiple = VOCAB_MULTIPLE if is_large else 1
+    num_rows = -(-vocab_size // multiple) * multiple
+    if num_rows == vocab_size:
+        return []
+    reason = f"{tp_size} ranks share the head (tensor parallelism)" if tp_size > 1 else None
+    reason = reason or why_not_padded(model) or why_not_chunked(model)
+    if reason and asked:
+        raise ModelError(
+            f"--pad_vocab_to_multiple_of {asked}: {reason}. Leave it out, or use another model."
+        )
+    if reason:
+        return [f"Vocabulary {vocab_size:,} tokens, not padded: {reason}"]
+    pad_vocab(model, num_rows)
+    return [
+        f"Vocabulary {vocab_size:,} tokens, embedding padded to {num_rows:,} rows (a multiple of"
+        f" {multiple})"
+    ]
+
+
 def choose_chunked_loss(
     model: PreTrainedModel,
     asked: bool | None,
@@ -253,24 +302,34 @@ def check_row_split(model: PreTrainedModel, block_size: int, cp_size: int) -> No
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Trained parameters, all and those outside of embedding tables; tied ones count once."""
+    """Trained parameters, all and those outside of embedding tables; tied ones count once.
+
+    Rows that only pad the vocabulary are not counted.
+    """
     embedded = {
         id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
     }
     trained = [p for p in model.parameters() if p.requires_grad]
     return (
-        sum(whole_shape(p).numel() for p in trained),
-        sum(whole_shape(p).numel() for p in trained if id(p) not in embedded),
+        sum(trained_shape(p).numel() for p in trained),
+        sum(trained_shape(p).numel() for p in trained if id(p) not in embedded),
     )
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """The model's size and a hash over the names, shapes and types of its weights."""
+    """The model's size, a hash over the names, shapes and types of its weights, and its padding."""
     shapes = {name: whole_shape(p) for name, p in model.named_parameters()}
     # Weights are built in float32; ZeRO-3 may hold parts of them in another type.
     layout = [(name, list(shape), "torch.float32") for name, shape in shapes.items()]
     digest = hashlib.sha256(json.dumps(layout).encode()).hexdigest()[:12]
-    return f"{sum(shape.numel() for shape in shapes.values()):,} parameters ({digest})"
+    size = f"{sum(shape.numel() for shape in shapes.values()):,} parameters ({digest})"
+    heads = [module for module in model.modules() if isinstance(module, PaddedHead)]
+    padding = [
+        f", {head.num_tokens:,} tokens in {head.out_features:,} rows (pad_vocab_to_multiple_of)"
+        for head in heads
+        if head.num_tokens < head.out_features
+    ]
+    return size + "".join(padding)
 
 
 def _split_matrices(model: PreTrainedModel, tp_size: int) -> PreTrainedModel:

@@ -26,6 +26,7 @@ from llm_training.losses import (
     token_loss_sum,
 )
 from llm_training.modeling import CausalLMWithLoss, ModelError, choose_chunked_loss
+from tests.host_waits import HostWaits
 
 NUM_POSITIONS, VOCAB_SIZE, WIDTH = 24, 97, 16
 FACTOR = 0.37  # what the loss is multiplied by before the backward pass
@@ -73,7 +74,12 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("size", [1, 5, 16, 24, 1000])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_loss_and_gradients_are_those_of_whole_logits(size: int, has_bias: bool) -> None:
+@pytest.mark.parametrize("is_on_gpu", [False, True])
+def test_loss_and_gradients_are_those_of_whole_logits(
+    size: int, has_bias: bool, is_on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_on_gpu:
+        count_all_positions(monkeypatch)
     inputs, tokens = make_inputs(), make_tokens()
     if not has_bias:
         del inputs["bias"]
@@ -85,7 +91,26 @@ def test_loss_and_gradients_are_those_of_whole_logits(size: int, has_bias: bool)
         assert difference(found[name], tensor) < 1e-6, name
 
 
-def test_rows_without_a_predicted_token_give_zero_and_no_gradient() -> None:
+def count_all_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, which is not asked where there is a target."""
+    monkeypatch.setattr(chunked_loss, "_places", lambda tokens: torch.arange(len(tokens)))
+
+
+def test_a_gpu_is_asked_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with HostWaits() as waits:
+        results(in_chunks(5), make_inputs(), make_tokens())
+        assert len(waits.take()) == 1
+        count_all_positions(monkeypatch)
+        results(in_chunks(5), make_inputs(), make_tokens())
+        assert waits.take() == []
+
+
+@pytest.mark.parametrize("is_on_gpu", [False, True])
+def test_rows_without_a_predicted_token_give_zero_and_no_gradient(
+    is_on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_on_gpu:
+        count_all_positions(monkeypatch)
     found = results(in_chunks(4), make_inputs(), make_tokens(lambda _: False))
     assert set(found) == {"loss", "hidden", "weight", "bias"}
     assert not any(tensor.any() for tensor in found.values())
