@@ -17,13 +17,15 @@ from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
-    TorchDynamoPlugin,
+    KwargsHandler,
     set_seed,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from arguments import Arguments, BatchSizes
+from llm_training.compiling import compile_plugin
 from llm_training.cpu_backends import start_gloo
+from llm_training.float8 import Float8Error, check_float8, float8_recipe
 from llm_training.launch_checks import precision_conflict
 from llm_training.launch_settings import LaunchSettings
 
@@ -47,12 +49,13 @@ def build_accelerator(
     quiet_libraries()
     device_type = find_device_type(arguments.device, launch)
     precision = choose_precision(arguments.mixed_precision, device_type)
+    check_speed_choices(arguments, launch, device_type)
     if conflict := precision_conflict({"no": "fp32"}.get(precision, precision), launch):
         raise LaunchError(f"{conflict} (mixed_precision={arguments.mixed_precision}).")
     if device_type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where imported, need not guess
         set_threads(arguments.num_threads)
-    if arguments.seed is not None:
+    if arguments.seed is not None and arguments.deterministic:
         make_deterministic(device_type)
     check_combination(launch)
     timeout = timedelta(seconds=arguments.ddp_timeout)
@@ -60,6 +63,9 @@ def build_accelerator(
     is_sharded = backend in ("fsdp", "deepspeed", "tensor_parallel")
     if device_type == "cpu" and is_sharded:
         start_gloo(backend, timeout)
+    handlers: list[KwargsHandler] = [InitProcessGroupKwargs(timeout=timeout)]
+    if precision == "fp8":
+        handlers.append(float8_recipe())
     try:
         accelerator = Accelerator(
             cpu=device_type == "cpu" and backend != "deepspeed",
@@ -68,11 +74,8 @@ def build_accelerator(
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=batch.accumulation, sync_with_dataloader=False
             ),
-            dynamo_plugin=TorchDynamoPlugin(
-                backend="inductor" if arguments.torch_compile else "no",
-                use_regional_compilation=True,
-            ),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+            dynamo_plugin=compile_plugin(arguments),
+            kwargs_handlers=handlers,
         )
     except (ValueError, ImportError, NotImplementedError) as error:
         raise LaunchError(
@@ -84,6 +87,31 @@ def build_accelerator(
         keep_sums_exact(accelerator)
     check_launch(accelerator, arguments, launch, device_type)
     return accelerator
+
+
+def check_speed_choices(arguments: Arguments, launch: LaunchSettings, device_type: str) -> None:
+    """Refuses what only some devices compute, once `--device auto` is known.
+
+    Raises:
+        LaunchError: fp8, TF32, CUDA graphs or liger-kernel without a GPU that has them.
+    """
+    if arguments.mixed_precision == "fp8":
+        try:
+            check_float8(device_type, backend=launch.backend, tp_size=launch.tp_size)
+        except Float8Error as error:
+            raise LaunchError(str(error)) from error
+    if device_type == "cuda":
+        return
+    asked = {
+        "--tf32 true": arguments.tf32 is True,
+        "--use_liger_kernel true": arguments.use_liger_kernel,
+        "--torch_compile_mode reduce-overhead": arguments.torch_compile_mode == "reduce-overhead",
+    }
+    if only_on_gpus := [flag for flag, is_given in asked.items() if is_given]:
+        raise LaunchError(
+            f"{' and '.join(only_on_gpus)}: for NVIDIA GPUs alone, and this run is on"
+            f" {device_type}. Leave it out."
+        )
 
 
 def check_combination(launch: LaunchSettings) -> None:
@@ -145,7 +173,7 @@ def keep_sums_exact(accelerator: Accelerator) -> None:
 
     Accelerate's own policy does both; DDP does neither.
     """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
+    dtype = torch.float16 if accelerator.mixed_precision == "fp16" else torch.bfloat16  # fp8's rest
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     accelerator.state.fsdp_plugin.mixed_precision_policy = policy
 
@@ -294,6 +322,8 @@ def make_deterministic(device_type: str) -> None:
     if device_type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # It would also write over all memory that is taken, so that what reads too early shows.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def seed_everything(seed: int, *, rank: int = 0) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+import dataclasses
 
 from accelerate import Accelerator
 from transformers import PretrainedConfig
 
 from arguments import Arguments, BatchSizes
+from llm_training.argument_checks import masks_documents
+from llm_training.compiling import keep_compiled_code
+from llm_training.cpu_dropout import speed_up_dropout
 from llm_training.cpu_speed import fast_path_line, fuse_gelu, keep_memory_warm
+from llm_training.float8 import Float8Error, use_float8
+from llm_training.gpu_speed import Kernel, LigerError, choose_attention, set_tf32, use_liger_kernel
 from llm_training.launch_settings import LaunchSettings
 from llm_training.modeling import (
     CausalLMWithLoss,
@@ -17,6 +21,7 @@ from llm_training.modeling import (
     build_model,
     check_row_split,
     choose_chunked_loss,
+    fit_vocab,
 )
 from llm_training.reporting import precision_name
 
@@ -34,43 +39,77 @@ def build_network(
     Raises:
         ModelError: it cannot be had, split or computed as was asked.
     """
-    kernel = arguments.attn_implementation or ""
-    if "flash" in kernel and precision_name(accelerator) == "fp32":
-        raise ModelError(
-            f"--attn_implementation {kernel} computes in 16 bits alone, and this run in fp32: give"
-            " --mixed_precision bf16, or --attn_implementation sdpa."
-        )
-    is_on_cpu = accelerator.device.type == "cpu"
-    is_fast_path = is_on_cpu and arguments.cpu_fast_path
+    device_type = accelerator.device.type
+    gpu_lines = set_tf32(
+        arguments.tf32, precision=precision_name(accelerator), device_type=device_type
+    )
+    kernel, kernel_lines = choose_kernel(accelerator, arguments, config)
+    is_fast_path = device_type == "cpu" and arguments.cpu_fast_path
     memory = keep_memory_warm() if is_fast_path else ""
-    model = build_model(config, arguments, tp_size=launch.tp_size)
+    with_kernel = dataclasses.replace(arguments, attn_implementation=kernel)
+    model = build_model(config, with_kernel, tp_size=launch.tp_size)
+    vocab_lines = fit_vocab(model, arguments, tp_size=launch.tp_size)
     check_row_split(model, block_size, launch.cp_size)
     rows_at_once = max(batch.per_device, arguments.per_device_eval_batch_size or 0)
     is_chunked, lines = choose_chunked_loss(
         model,
         arguments.chunked_loss,
         num_positions=rows_at_once * block_size // launch.cp_size,
-        device_type=accelerator.device.type,
+        device_type=device_type,
         tp_size=launch.tp_size,
     )
     if is_fast_path:
-        lines = [fast_path_line(fuse_gelu(model), memory), *lines]
+        # torch draws the masks in compiled code, and for ranks that share rows or heads.
+        draws_bits = not arguments.torch_compile and launch.tp_size == launch.cp_size == 1
+        num_dropouts = speed_up_dropout(model) if draws_bits else 0
+        lines = [fast_path_line(fuse_gelu(model), num_dropouts, memory), *lines]
+    elif device_type != "cpu" and (num_fused := fuse_gelu(model)):
+        gpu_lines.append(f"GELU     fused in {num_fused} blocks")
     if arguments.torch_compile:
-        lines = [keep_compiled_code(arguments.cache_dir), *lines]
-    return CausalLMWithLoss(model, chunked_loss=is_chunked), lines
+        scope = arguments.torch_compile_scope
+        lines = [keep_compiled_code(arguments.cache_dir, scope), *lines]
+    network = CausalLMWithLoss(model, chunked_loss=is_chunked)
+    gpu_lines += kernel_lines + speed_up(accelerator, arguments, network)
+    return network, [*gpu_lines, *vocab_lines, *lines]
 
 
-def keep_compiled_code(cache_dir: str) -> str:
-    """Has torch keep what it compiles beside the tokens, unless the environment says where.
+def choose_kernel(
+    accelerator: Accelerator, arguments: Arguments, config: PretrainedConfig
+) -> tuple[Kernel | None, list[str]]:
+    """The attention kernel, None for what transformers takes, and what the log says of it.
 
-    Its own place is a folder for temporary files, which many systems empty when they start.
-
-    Returns:
-        What the log says of it.
+    Raises:
+        ModelError: flash attention was asked for in fp32.
     """
-    ours = str(Path(cache_dir).absolute() / "compiled")
-    folder = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", ours)
-    return (
-        "Compile  the first step and the first evaluation compile the blocks, which takes up to"
-        f" minutes; later starts find the code in {folder}"
+    asked, precision = arguments.attn_implementation, precision_name(accelerator)
+    if "flash" in (asked or "") and precision == "fp32":
+        raise ModelError(
+            f"--attn_implementation {asked} computes in 16 bits alone, and this run in fp32: give"
+            " --mixed_precision bf16, or --attn_implementation sdpa."
+        )
+    return choose_attention(
+        asked,
+        config,
+        is_masked=masks_documents(arguments),
+        precision=precision,
+        device_type=accelerator.device.type,
     )
+
+
+def speed_up(
+    accelerator: Accelerator, arguments: Arguments, network: CausalLMWithLoss
+) -> list[str]:
+    """Puts other kernels in, where they were asked for; returns what the log says of them.
+
+    Raises:
+        ModelError: this model has no place for them.
+    """
+    lines = []
+    try:
+        if arguments.use_liger_kernel:
+            lines.append(use_liger_kernel(network.model))
+        if precision_name(accelerator) == "fp8":
+            lines.append(use_float8(accelerator, network, network.model.get_output_embeddings()))
+    except (Float8Error, LigerError) as error:
+        raise ModelError(str(error)) from error
+    return lines

@@ -15,10 +15,12 @@ from llm_training.launch import (
     LaunchError,
     build_accelerator,
     check_combination,
+    check_speed_choices,
     choose_precision,
     describe_threads,
     fill_deepspeed_config,
     find_device_type,
+    make_deterministic,
     seed_everything,
     set_threads,
 )
@@ -266,3 +268,40 @@ def test_splits_that_accelerate_cannot_combine_are_refused(settings: dict, messa
         check_combination(LaunchSettings(**settings))
     check_combination(LaunchSettings(backend="ddp", tp_size=2, num_processes=2))
     check_combination(LaunchSettings(backend="fsdp", cp_size=2, num_processes=4))
+
+
+def test_what_only_gpus_compute_is_refused_elsewhere(arguments: Arguments) -> None:
+    arguments.device = "auto"  # known only when the device is
+    arguments.mixed_precision = "fp8"
+    with pytest.raises(LaunchError, match=r"fp8 needs an NVIDIA GPU .* on cpu"):
+        check_speed_choices(arguments, ONE_PROCESS, "cpu")
+    arguments.mixed_precision = "auto"
+    arguments.tf32 = arguments.use_liger_kernel = True
+    with pytest.raises(LaunchError, match=r"--tf32 true and --use_liger_kernel true: .* on cpu"):
+        check_speed_choices(arguments, ONE_PROCESS, "cpu")
+    check_speed_choices(arguments, ONE_PROCESS, "cuda")
+
+
+def test_determinism_on_a_gpu_does_not_fill_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    filling = torch.utils.deterministic
+    try:
+        make_deterministic("cuda")
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert not filling.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
+        filling.fill_uninitialized_memory = True
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_determinism_can_be_left_out(
+    is_asked: bool, arguments: Arguments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(launch, "make_deterministic", called.append)
+    arguments.deterministic = is_asked
+    build_accelerator(arguments, ONE_PROCESS, batch=sizes(1))
+    assert called == (["cpu"] if is_asked else [])

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from arguments import Arguments, BatchSizes
 from llm_training.chunked_loss import ChunkedHead
-from llm_training.network import keep_compiled_code
+from llm_training.cpu_dropout import CpuDropout
+from llm_training.launch_settings import LaunchSettings
+from llm_training.network import build_network
 from tests.small_runs import curve, open_place, train_small, weights
 
 
@@ -21,10 +26,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_fast_path_is_said_and_can_be_turned_off(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train_small(place, "fast", max_steps=8)
+    train_small(place, "fast", max_steps=8, dropout=0.0)
     assert "CPU      GELU fused in 1 blocks, freed memory " in capsys.readouterr().out
     monkeypatch.setattr("llm_training.network.keep_memory_warm", lambda: pytest.fail("called"))
-    train_small(place, "plain", max_steps=8, cpu_fast_path=False)
+    train_small(place, "plain", max_steps=8, dropout=0.0, cpu_fast_path=False)
     assert "CPU  " not in capsys.readouterr().out
     for fast, plain in zip(curve(place / "fast"), curve(place / "plain"), strict=True):
         assert fast == pytest.approx(plain, rel=1e-5)
@@ -32,6 +37,38 @@ def test_the_fast_path_is_said_and_can_be_turned_off(
         place / "plain/final/config.json"
     ).read_bytes()
     assert "gelu_new" in (place / "fast/final/config.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("launch", "changes", "is_ours"),
+    [
+        ({}, {}, True),
+        ({}, {"cpu_fast_path": False}, False),
+        ({}, {"torch_compile": True}, False),
+        ({"tp_size": 2}, {}, False),
+        ({"cp_size": 2}, {}, False),  # attention over a rank's own positions would be another
+    ],
+)
+def test_dropout_is_ours_where_this_process_computes_whole_rows(
+    launch: dict, changes: dict, is_ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 10, "n_positions": 8}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes))
+    monkeypatch.setattr("llm_training.network.build_model", lambda *_, **__: model)
+    monkeypatch.setattr("llm_training.network.check_row_split", lambda *_: None)
+    monkeypatch.setattr("llm_training.network.keep_memory_warm", lambda: "memory")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "anywhere")
+    accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
+    _, lines = build_network(
+        accelerator,
+        Arguments(model_type="gpt2", **changes),
+        LaunchSettings(**launch),
+        model.config,
+        BatchSizes(per_device=1, accumulation=1, processes=1, global_batch=1),
+        block_size=8,
+    )
+    assert isinstance(model.transformer.drop, CpuDropout) == is_ours
+    assert any("dropout from random bits in 4 places" in line for line in lines) == is_ours
 
 
 def test_a_chunked_loss_trains_the_same_curve(
@@ -58,16 +95,6 @@ def seen_heads(monkeypatch: pytest.MonkeyPatch) -> list[type[nn.Module]]:
         lambda network: found.append(type(network.model.get_output_embeddings())) or "same",
     )
     return found
-
-
-def test_compiled_code_is_kept_for_later_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
-    assert keep_compiled_code(str(tmp_path)).endswith("find the code in elsewhere")
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    assert keep_compiled_code(str(tmp_path)).endswith(f"find the code in {tmp_path}/compiled")
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == f"{tmp_path}/compiled"
 
 
 def test_flash_attention_needs_16_bits(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
