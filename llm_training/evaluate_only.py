@@ -6,6 +6,7 @@ import dataclasses
 
 from arguments import Arguments, resolve_batch_sizes
 from llm_training.checkpointing import CheckpointFolder, agree_on_checkpoint
+from llm_training.compiling import mark_graph_steps
 from llm_training.data import DataError
 from llm_training.evaluation import evaluate
 from llm_training.launch import build_accelerator, seed_everything
@@ -40,6 +41,7 @@ def evaluate_only(arguments: Arguments, request: StopRequest) -> None:
     plain = dataclasses.replace(arguments, optim="adamw")
     optimizer = build_optimizer(network, plain, accelerator.device.type)
     model, _ = accelerator.prepare(network, optimizer)
+    mark_graph_steps(model, arguments)
     if checkpoint:
         checkpoints = CheckpointFolder(accelerator, output.checkpoints, None, identity)
         checkpoints.check(checkpoint)

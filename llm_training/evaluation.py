@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from arguments import BatchSizes, EvaluationArguments
+from llm_training.data.rows.ahead import to_device
 from llm_training.data.rows.store_rows import Rows
 from llm_training.data.rows.windows import evaluation_batches
 from llm_training.losses import count_predicted_tokens
@@ -52,19 +53,22 @@ def evaluate(
         max_rows=None if limit is None else limit * batch_sizes.global_batch,
     )
     model.eval()
-    loss, tokens, correct = 0.0, 0, 0.0
+    # Sums of each batch, read at the end: a GPU that is asked in between would stand still.
+    losses: list[Tensor] = []
+    counts: list[Tensor] = []
+    tokens = 0
     for number, batch in enumerate(batches):
         if is_stopped is not None and number % BATCHES_BETWEEN_QUESTIONS == 0 and is_stopped():
             model.train()
             return None
-        batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+        tokens += int(count_predicted_tokens(batch["labels"]))
+        batch = to_device(batch, accelerator.device)
         with split_positions(accelerator, batch) as share:
             batch_loss, batch_correct = model(**share, count_correct=bool(arguments.eval_metrics))
-        loss += float(batch_loss)
-        tokens += int(count_predicted_tokens(batch["labels"]))
-        correct += 0 if batch_correct is None else int(batch_correct)
+        losses.append(batch_loss)
+        counts += [] if batch_correct is None else [batch_correct]
     model.train()
-    loss, correct = sum_over_ranks(accelerator, loss, correct)
+    loss, correct = sum_over_ranks(accelerator, _sum(losses), _sum(counts))
     tokens = int(sum_over_data(accelerator, tokens)[0])
     mean_loss = loss / max(1, tokens)
     results: dict[str, float] = {
@@ -87,3 +91,8 @@ def _compute_metrics(names: Sequence[str], correct: int, tokens: int) -> dict[st
         metric.add(correct=correct, total=tokens)
         results[f"eval/{name}"] = float(metric.compute()[name])
     return results
+
+
+def _sum(values: Sequence[Tensor]) -> float:
+    """Of scalars, in double precision and their order."""
+    return float(sum(torch.stack(list(values)).tolist())) if values else 0.0

@@ -88,8 +88,8 @@ class HealthState:
 class HealthMonitor:
     """Holds each step against the good ones before it.
 
-    For each step: `judge_loss`, after the backward pass `judge_norm`, then one of `note_good`,
-    `note_skipped` and `note_overflow`.
+    For each step: `judge`, or `judge_loss` and after the backward pass `judge_norm`; then one of
+    `note_good`, `note_skipped` and `note_overflow`.
 
     Args:
         state: where the run stands; it is changed in place.
@@ -114,6 +114,11 @@ class HealthMonitor:
         self.window = window
         self.min_history = min_history
 
+    def judge(self, loss: float, norm: float) -> Verdict:
+        """Judges a step whose loss and gradient norm are both known."""
+        verdict = self.judge_loss(loss)
+        return self.judge_norm(norm) if verdict.is_ok else verdict
+
     def judge_loss(self, loss: float) -> Verdict:
         """Judges the mean loss of a step, in nats per token over all ranks."""
         return self._judge("loss", loss, self.state.losses, Kind.LOSS_SPIKE)
@@ -125,16 +130,23 @@ class HealthMonitor:
     def _judge(self, name: str, value: float, history: list[float], kind: Kind) -> Verdict:
         if not math.isfinite(value):
             return Verdict(Kind.NON_FINITE, f"{name} {value}")
-        if self.spike_deviations is None or len(history) < self.min_history:
+        if value <= self._ceiling(history):
             return OK
+        median, deviations = statistics.median(history), deviations_above(value, history)
+        return Verdict(kind, f"{name} {value:.4g}, {deviations:.1f} deviations above {median:.4g}")
+
+    def ceilings(self) -> tuple[float, float]:
+        """The loss and the gradient norm above which the next step is a spike, if any is."""
+        return self._ceiling(self.state.losses), self._ceiling(self.state.norms)
+
+    def _ceiling(self, history: list[float]) -> float:
+        if self.spike_deviations is None or len(history) < self.min_history:
+            return math.inf
         # So many in a row are no spike but another level.
         if self.state.skipped_in_row >= self.window // 2:
-            return OK
-        deviations = deviations_above(value, history)
-        if deviations <= self.spike_deviations:
-            return OK
-        median = statistics.median(history)
-        return Verdict(kind, f"{name} {value:.4g}, {deviations:.1f} deviations above {median:.4g}")
+            return math.inf
+        median, deviation = robust_deviation(history)
+        return median + self.spike_deviations * deviation if deviation else math.inf
 
     def note_good(self, loss: float, norm: float) -> None:
         """Takes in a step that was applied; the rows of the others end with it."""
@@ -206,16 +218,24 @@ class HealthMonitor:
 def deviations_above(value: float, history: Sequence[float]) -> float:
     """How many robust standard deviations `value` lies above the median; below it, less than 0.
 
-    The deviation is 1.4826 times the median absolute deviation, which single outliers do not move,
-    and at least 1% of the median. Of a history of zeros nothing is said: 0.
+    Of a history of zeros nothing is said: 0.
+    """
+    median, deviation = robust_deviation(history)
+    return (value - median) / deviation if deviation else 0.0
+
+
+def robust_deviation(history: Sequence[float]) -> tuple[float, float]:
+    """The median, and how far values usually lie from it.
+
+    That is 1.4826 times the median absolute deviation, which single outliers do not move, and at
+    least 1% of the median.
 
     Source: Leys et al. 2013, "Detecting outliers: Do not use standard deviation around the mean,
         use absolute deviation around the median" (doi:10.1016/j.jesp.2013.03.013).
     """
     median = statistics.median(history)
     spread = statistics.median(abs(known - median) for known in history)
-    deviation = max(MAD_TO_DEVIATION * spread, SMALLEST_DEVIATION * abs(median))
-    return (value - median) / deviation if deviation else 0.0
+    return median, max(MAD_TO_DEVIATION * spread, SMALLEST_DEVIATION * abs(median))
 
 
 def span(first: int, last: int) -> str:

@@ -1,9 +1,10 @@
-"""What the loop does about a step that was left out: it accounts for it, and may go back."""
+"""What is done about a step that was left out, which may send the run back, or a full device."""
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+import os
+
+import torch
 
 from llm_training.checkpointing import agree_on_checkpoint, list_checkpoints
 from llm_training.health import (
@@ -13,24 +14,24 @@ from llm_training.health import (
     plan_rewind,
     write_dump,
 )
-from llm_training.run import Run, StepResult, build_health, make_plan_anew
+from llm_training.run import OpenStep, Run, StepResult, build_health, make_plan_anew
 
 MAX_DUMPS = 100  # of a run: with many spikes, the first ones tell enough
 
 
-def leave_out(run: Run, result: StepResult, first: int, sample_ids: NDArray[np.int64]) -> None:
+def leave_out(run: Run, open_step: OpenStep, result: StepResult) -> None:
     """Accounts for a step that was left out; one more at the end takes its place.
 
     Raises:
         UnhealthyError: there were too many in a row, and the run may not go back.
     """
-    step, samples = run.state.step + 1, (first, run.state.samples)
+    step, samples = run.state.step + 1, (open_step.first_sample, run.state.samples)
     newest = str(next(iter(list_checkpoints(run.output.checkpoints)), ""))
     try:
         if result.verdict.is_ok:
             line = run.health.note_overflow(step, samples, newest)
         else:
-            write_skipped(run, result, first, sample_ids)
+            write_skipped(run, open_step, result)
             line = run.health.note_skipped(step, samples, result.verdict, newest)
     except UnhealthyError as error:
         if not go_back(run):
@@ -40,21 +41,21 @@ def leave_out(run: Run, result: StepResult, first: int, sample_ids: NDArray[np.i
     make_plan_anew(run)
 
 
-def write_skipped(run: Run, result: StepResult, first: int, sample_ids: NDArray[np.int64]) -> None:
+def write_skipped(run: Run, open_step: OpenStep, result: StepResult) -> None:
     """Writes down, for an inquiry, what the step that was left out consisted of."""
     if not run.accelerator.is_main_process or run.health.state.num_skipped >= MAX_DUMPS:
         return
-    texts = []
+    sample_ids, texts = open_step.sample_ids, []
     if run.plan.rows is not None and run.tokenizer is not None:
         rows = run.plan.rows.batch(sample_ids)["input_ids"]
         texts = [str(run.tokenizer.decode(row)) for row in rows]
     step = run.state.step + 1
     try:
         write_dump(
-            run.output.skipped / f"step-{step:08d}-samples-{first}.json",
+            run.output.skipped / f"step-{step:08d}-samples-{open_step.first_sample}.json",
             step=step,
             sample_ids=sample_ids.tolist(),
-            losses=[result.loss_sum / max(1, result.num_tokens)],
+            losses=[result.loss_sum / max(1, open_step.num_tokens)],
             norms_by_layer=result.norms_by_layer,
             texts=texts,
         )
@@ -94,3 +95,18 @@ def pass_over(run: Run) -> None:
         run.tracking.say(f"Passed over: samples {state.samples}-{position - 1}")
         state.samples = position
         make_plan_anew(run)
+
+
+def explain_out_of_memory(error: torch.OutOfMemoryError) -> str:
+    """What to tell a person whose device is too small for the run."""
+    peak = ""
+    if torch.cuda.is_available():
+        peak = (
+            f" At its peak this process held {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB."
+        )
+    return (
+        f"rank {os.environ.get('RANK', '0')}: the device has no memory left."
+        f" {str(error).splitlines()[0]}{peak} Checkpoints are whole. What helps, each with the same"
+        " curve: a smaller --per_device_train_batch_size at the same --global_batch_size,"
+        " --gradient_checkpointing true, more devices with accelerate_configs/fsdp.yaml."
+    )

@@ -43,6 +43,7 @@ BROKEN_EXCHANGE = re.compile(
 TIMED_OUT = re.compile(r"[Tt]imed? ?out")
 
 _turns = itertools.count()
+_host_groups: dict[distributed.ProcessGroup, distributed.ProcessGroup] = {}
 
 
 class RankError(RuntimeError):
@@ -118,13 +119,40 @@ def sum_over_data(accelerator: Accelerator, *values: float) -> list[float]:
 
 
 def sum_over_ranks(accelerator: Accelerator, *values: float) -> list[float]:
-    """Each value summed over all data, in double precision; every rank must call this."""
+    """Each value summed over all data, in double precision; every rank must call this.
+
+    The numbers are the hosts': where the run computes on GPUs, these are not asked, since they
+    would answer only after all that they have to do.
+    """
     if accelerator.num_processes == 1:
         return list(values)
-    totals = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
-    totals = accelerator.reduce(totals, "sum")
+    totals = torch.tensor(values, dtype=torch.float64)
+    distributed.all_reduce(totals, group=_host_group(accelerator.device.type))
     # Ranks of one tensor-parallel group hold the same values: each counts once.
     return [float(total) / tensor_parallel_size(accelerator) for total in totals]
+
+
+def _host_group(device_type: str) -> distributed.ProcessGroup | None:
+    """The group in which the hosts of a run exchange numbers; None: the default one.
+
+    It is made by the first call, which every rank must take part in.
+
+    Raises:
+        RankError: gloo finds no way between the machines.
+    """
+    world = distributed.group.WORLD
+    if device_type == "cpu" or world is None:
+        return None
+    if world not in _host_groups:
+        try:
+            _host_groups[world] = distributed.new_group(backend="gloo")
+        except RuntimeError as error:
+            raise RankError(
+                f"The hosts of this run find no way to each other over gloo: {error} Where no other"
+                " process has ended (its own error would tell why), set GLOO_SOCKET_IFNAME to the"
+                " network interface that joins the machines (ip addr lists them)."
+            ) from error
+    return _host_groups[world]
 
 
 def agree_on_seed(seed: int | None) -> int:
@@ -190,13 +218,14 @@ def find_shared_folder(accelerator: Accelerator, folder: Path) -> None:
         )
 
 
-def limit_waiting(seconds: int) -> None:
-    """Gives every group of processes the run's limit; call it once the model is prepared.
+def limit_waiting(accelerator: Accelerator, seconds: int) -> None:
+    """Gives every group of processes the run's limit; every rank calls it with the model prepared.
 
     DeepSpeed, tensor and context parallelism form groups of their own, with a limit of half an
     hour.
     """
     if distributed.is_initialized():
+        _host_group(accelerator.device.type)
         for group in distributed_c10d._world.pg_map:
             distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 

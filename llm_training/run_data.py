@@ -10,8 +10,8 @@ from transformers import PretrainedConfig
 
 from arguments import Arguments, BatchSizes
 from llm_training.data import PreparedData, prepare_data
+from llm_training.data.rows.ahead import Windows, prepare_for_device
 from llm_training.data.rows.store_rows import Rows
-from llm_training.data.rows.streaming import StreamWindows
 from llm_training.data.rows.windows import TrainingWindows, validation_rows
 from llm_training.document_mask import check_document_mask
 from llm_training.modeling import CausalLMWithLoss, fit_config, load_config
@@ -19,6 +19,7 @@ from llm_training.planning import Plan
 from llm_training.ranks import data_parallel, local_main_first
 from llm_training.state import TrainState
 from llm_training.streams import TrainingStream, streamed_validation
+from llm_training.vocab_padding import num_tokens_of
 
 
 def build_data(
@@ -67,13 +68,14 @@ def build_windows(
     data: PreparedData,
     plan: Plan,
     state: TrainState,
-) -> tuple[TrainingWindows | StreamWindows, str]:
+) -> tuple[Windows, str]:
     """This rank's share of every step, and what marks the data that it is of."""
     if plan.rows is None:
         stream = TrainingStream(
             arguments, accelerator, data, plan.block_size, seed=state.seed, state=state
         )
-        return stream.windows(plan.batch, plan.num_samples), stream.fingerprint[:12]
+        streamed = stream.windows(plan.batch, plan.num_samples)
+        return prepare_for_device(streamed, accelerator.device), stream.fingerprint[:12]
     rank, num_ranks = data_parallel(accelerator)
     windows = TrainingWindows(
         rows=plan.rows,
@@ -84,14 +86,15 @@ def build_windows(
         rank=rank,
         num_ranks=num_ranks,
     )
-    return windows, " ".join([data.fingerprint[:12], *plan.rows.marks])
+    mark = " ".join([data.fingerprint[:12], *plan.rows.marks])
+    return prepare_for_device(windows, accelerator.device), mark
 
 
 def try_document_mask(
     accelerator: Accelerator,
     model: nn.Module,
     network: CausalLMWithLoss,
-    windows: TrainingWindows | StreamWindows,
+    windows: Windows,
     plan: Plan,
 ) -> None:
     """Makes sure that documents do not see each other, where they must not."""
@@ -102,6 +105,6 @@ def try_document_mask(
         model,
         batch_size=plan.batch.per_device,
         block_size=plan.block_size,
-        vocab_size=network.config.vocab_size,
+        vocab_size=num_tokens_of(network.model),
         kernel=network.config._attn_implementation,
     )

@@ -5,6 +5,10 @@ they are told to; DeepSpeed does so within Accelerate's backward pass, before it
 Here the two are apart on every backend: `backward` for each micro-batch, then, after the last one,
 `finish_step`, or `drop_gradients` where the loss alone says that nothing good can come. Even then
 every backward pass runs: sharding backends tidy up in the last one.
+
+A GPU that the host asks for a number after every step stands still until the host has prepared the
+next one. Where the optimizer allows it, `finish_step_unseen` lets the device itself decide whether
+to update, and its numbers are read while it computes the next step.
 """
 
 from __future__ import annotations
@@ -94,7 +98,112 @@ def finish_step(
         _clip(parameters, max_norm, norm)
     optimizer.step()
     optimizer.zero_grad()
-    return StepOutcome(grad_norm, is_applied=not optimizer.step_was_skipped)
+    # At an overflow torch calls a fused optimizer all the same, which then does nothing.
+    return StepOutcome(grad_norm, is_applied=not (is_overflow or optimizer.step_was_skipped))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest mean loss, in nats per token, and gradient norm of a step that is applied."""
+
+    loss: float
+    grad_norm: float
+
+
+class UnseenStep:
+    """A step whose numbers are on their way from the device."""
+
+    def __init__(self, numbers: Tensor, shares: list[tuple[str, float]]):
+        """Begins to fetch the numbers.
+
+        Args:
+            numbers: (3 + P,) float64 on the device: the summed loss, the gradient norm, whether the
+                step was applied, and the norm of what this rank holds of each of P gradients.
+            shares: of each gradient, its layer and what its squared norm is multiplied by.
+        """
+        self._shares = shares
+        self._event = None
+        self._numbers = numbers
+        if numbers.device.type == "cuda":
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> tuple[float, StepOutcome]:
+        """The summed loss over all ranks, and how the step ended.
+
+        It waits for this step, not for what the device has been given since.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+        loss_sum, norm, is_applied = self._numbers[:3].tolist()
+        return loss_sum, StepOutcome(norm, bool(is_applied))
+
+    def norms_by_layer(self, accelerator: Accelerator) -> dict[str, float]:
+        """As `norms_by_layer`, of the gradients that this step had; every rank must call it."""
+        self.read()
+        squares: dict[str, float] = defaultdict(float)
+        for (layer, share), norm in zip(self._shares, self._numbers[3:].tolist(), strict=True):
+            squares[layer] += norm**2 * share
+        return _roots_of_sums(accelerator, squares)
+
+
+def can_finish_unseen(accelerator: Accelerator, optimizer: AcceleratedOptimizer) -> bool:
+    """Whether the device can decide alone to update; it pays where it works while the host goes on.
+
+    torch's fused AdamW can leave an update out by a number on the device: what fp16's loss scaler
+    uses. With that scaler itself, and with all other optimizers, the host must decide.
+    """
+    inner = optimizer.optimizer
+    is_fused_adamw = isinstance(inner, torch.optim.AdamW) and bool(inner.defaults["fused"])
+    return accelerator.device.type == "cuda" and is_fused_adamw and accelerator.scaler is None
+
+
+def finish_step_unseen(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: AcceleratedOptimizer,
+    max_norm: float | None,
+    *,
+    loss_sum: Tensor,
+    num_tokens: int,
+    limits: Limits,
+) -> UnseenStep:
+    """As `finish_step`, but the host does not wait to learn how the step ends.
+
+    Args:
+        loss_sum: () float32, the loss of this rank's part of the step, in nats.
+        num_tokens: predicted tokens of the step over all ranks, at least 1.
+        limits: a step above either, or with a number that is not finite, is left out.
+    """
+    parameters = _parameters_by_mesh(model)
+    local_norms = _local_norms(model)
+    if list(parameters) == [
+        None
+    ]:  # no gradient lies in parts: its norms need not be computed again
+        own_norm = torch.linalg.vector_norm(local_norms)
+    else:
+        own_norm = _norm_of_groups(list(parameters.values()))
+    found = torch.stack([loss_sum.double(), own_norm.double()]).reshape(1, 2)
+    if accelerator.num_processes > 1:
+        found = accelerator.gather(found)
+    # Where one rank has another norm than the rest, all take the worst: they must decide alike.
+    loss_sum = found[:, 0].sum() / tensor_parallel_size(accelerator)
+    norm = found[:, 1].max()
+    loss = loss_sum / num_tokens
+    is_good = loss.isfinite() & (loss <= limits.loss)
+    is_good &= norm.isfinite() & (norm <= limits.grad_norm)
+    numbers = torch.stack([loss_sum, norm, is_good.double()])
+    unseen = UnseenStep(torch.cat([numbers, local_norms.double()]), _shares(accelerator, model))
+    if max_norm is not None:
+        _clip(parameters, max_norm, norm.float())
+    inner: Any = optimizer.optimizer
+    inner.found_inf = (~is_good).float()
+    optimizer.step()
+    inner.found_inf = None
+    optimizer.zero_grad()
+    return unseen
 
 
 def drop_gradients(
@@ -120,6 +229,10 @@ def norms_by_layer(accelerator: Accelerator, model: nn.Module) -> dict[str, floa
     parts = _engine_squares(model) if _is_deepspeed(accelerator) else _squares(accelerator, model)
     for parameter, square in parts:
         squares[names[id(parameter)]] += square
+    return _roots_of_sums(accelerator, squares)
+
+
+def _roots_of_sums(accelerator: Accelerator, squares: dict[str, float]) -> dict[str, float]:
     totals = sum_over_ranks(accelerator, *squares.values())
     return {layer: math.sqrt(total) for layer, total in zip(squares, totals, strict=True)}
 
@@ -158,14 +271,19 @@ def _parameters_by_mesh(model: nn.Module) -> dict[Any, list[nn.Parameter]]:
     return {**meshes, None: whole} if whole or not meshes else dict(meshes)
 
 
+def _norm_of_groups(groups: list[list[nn.Parameter]]) -> Tensor:
+    """Norm over all groups, () float32; to the bit that of `accelerator.clip_grad_norm_`."""
+    norms = [get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
 def _global_norm(accelerator: Accelerator, groups: list[list[nn.Parameter]]) -> Tensor:
-    """Norm over all groups, () float32; to the bit that of `accelerator.clip_grad_norm_`.
+    """The same on every rank.
 
     Where one rank has another norm than the rest, all take the worst: they must decide alike.
     """
-    norms = [get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
-    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    norm = _norm_of_groups(groups)
     if accelerator.num_processes > 1:
         # On the device of the exchange, which offloaded gradients are not on; NaN is the maximum.
         norm = accelerator.gather(norm.to(accelerator.device).reshape(1)).max().to(norm.device)
@@ -181,16 +299,38 @@ def _clip(parameters: dict[Any, list[nn.Parameter]], max_norm: float, norm: Tens
 def _squares(accelerator: Accelerator, model: nn.Module) -> Iterator[tuple[nn.Parameter, float]]:
     """Squared norms of what this rank holds, so shared out that their sum over ranks is right."""
     for parameter in model.parameters():
-        gradient = parameter.grad
-        if gradient is None:
-            continue
-        copies = accelerator.num_processes
-        if isinstance(gradient, DTensor):
-            sizes = zip(gradient.device_mesh.shape, gradient.placements, strict=True)
-            copies //= math.prod(size for size, placement in sizes if placement.is_shard())
-            gradient = gradient.to_local()
-        # `sum_over_ranks` divides by this: for it, the ranks that hold one model all hold the same.
-        yield parameter, _norm(gradient) ** 2 / copies * tensor_parallel_size(accelerator)
+        if parameter.grad is not None:
+            share = _share_in_sums(accelerator, parameter.grad)
+            yield parameter, _norm(_local(parameter.grad)) ** 2 * share
+
+
+def _local_norms(model: nn.Module) -> Tensor:
+    """Norms (P,) of what this rank holds of each gradient, in the order of the parameters."""
+    gradients = [_local(p.grad) for p in model.parameters() if p.grad is not None]
+    return torch.stack(torch._foreach_norm(gradients))
+
+
+def _shares(accelerator: Accelerator, model: nn.Module) -> list[tuple[str, float]]:
+    """For each of these norms its layer, and what its square counts in the sum over the ranks."""
+    return [
+        (_layer_of(name), _share_in_sums(accelerator, parameter.grad))
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    ]
+
+
+def _share_in_sums(accelerator: Accelerator, gradient: Tensor) -> float:
+    """1 over the number of ranks that hold the same part of a gradient."""
+    copies = accelerator.num_processes
+    if isinstance(gradient, DTensor):
+        sizes = zip(gradient.device_mesh.shape, gradient.placements, strict=True)
+        copies //= math.prod(size for size, placement in sizes if placement.is_shard())
+    # `sum_over_ranks` divides by this: for it, the ranks that hold one model all hold the same.
+    return tensor_parallel_size(accelerator) / copies
+
+
+def _local(gradient: Tensor) -> Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 # ----------------------------------------------------------------- gradients that DeepSpeed keeps

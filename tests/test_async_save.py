@@ -50,14 +50,14 @@ def test_training_goes_on_while_one_is_written(
 ) -> None:
     steps: list[int] = []
     gate = threading.Event()
-    write, step_as_it_is = StagedCheckpoint.write, train_llm.optimizer_step
+    write, step_as_it_is = StagedCheckpoint.write, train_llm.compute_gradients
 
     def slow_write(self: StagedCheckpoint) -> None:
         if self.path.name == "step-00000002":
             assert gate.wait(30)  # until the run has trained on
         write(self)
 
-    def step(run: train_llm.Run, *args: Any) -> train_llm.StepResult:
+    def step(run: train_llm.Run, *args: Any) -> Any:
         steps.append(run.state.step)
         if run.state.step == 3:
             assert not (run.output.checkpoints / "step-00000002").exists()
@@ -65,7 +65,7 @@ def test_training_goes_on_while_one_is_written(
         return step_as_it_is(run, *args)
 
     monkeypatch.setattr(StagedCheckpoint, "write", slow_write)
-    monkeypatch.setattr(train_llm, "optimizer_step", step)
+    monkeypatch.setattr(train_llm, "compute_gradients", step)
     folder = train(async_save=True, save_total_limit=None)
     assert steps == list(range(8))
     assert names(folder) == ["last", *(f"step-0000000{step}" for step in (2, 4, 6, 8))]

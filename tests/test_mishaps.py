@@ -33,10 +33,10 @@ def train(place: Path) -> Train:
 
 def spoil(monkeypatch: pytest.MonkeyPatch, start: int, stop: int, *, dies_at: int = -1) -> None:
     """Lets the loss be NaN at samples [start, stop); the run dies once, before step `dies_at`."""
-    step_as_it_is, forward_as_it_is = train_llm.optimizer_step, CausalLMWithLoss.forward
+    step_as_it_is, forward_as_it_is = train_llm.compute_gradients, CausalLMWithLoss.forward
     place, left = {"samples": 0}, [dies_at]
 
-    def step(run: train_llm.Run, *args: Any) -> train_llm.StepResult:
+    def step(run: train_llm.Run, *args: Any) -> Any:
         if [run.state.step] == left:
             left.clear()
             raise RankError("the machine is gone")
@@ -48,7 +48,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, start: int, stop: int, *, dies_at: in
         is_bad = self.training and start <= place["samples"] < stop
         return loss * torch.tensor(float("nan")) if is_bad else loss, correct
 
-    monkeypatch.setattr(train_llm, "optimizer_step", step)
+    monkeypatch.setattr(train_llm, "compute_gradients", step)
     monkeypatch.setattr(CausalLMWithLoss, "forward", forward)
 
 

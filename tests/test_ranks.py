@@ -61,6 +61,37 @@ def test_one_process_sums_alone_and_works_at_once() -> None:
     assert ranks.local_main_first(accelerator(0, 1), lambda: 7) == 7
 
 
+ON_GPUS = """
+import sys
+from types import SimpleNamespace
+from torch import distributed, device
+from torch.testing._internal.distributed import fake_pg
+from llm_training import ranks
+
+rank, store = int(sys.argv[1]), distributed.FileStore(sys.argv[2], 2)
+# In the place of NCCL, which only GPUs have: its exchanges leave everything as it is.
+distributed.init_process_group("fake", store=store, rank=rank, world_size=2)
+run = SimpleNamespace(num_processes=2, device=device("cuda"), parallelism_config=None)
+first = ranks.sum_over_ranks(run, rank + 0.5, 10.0)
+print(first, ranks.sum_over_ranks(run, 2.0**-52 + rank), distributed.get_backend())
+"""
+
+
+def test_the_numbers_of_hosts_do_not_pass_through_their_gpus(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", ON_GPUS]
+    started = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store")],
+            cwd=Path(__file__).parents[1],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in started]
+    assert said == [f"[2.0, 20.0] [{1 + 2 * 2.0**-52}] fake\n"] * 2
+
+
 def test_a_seed_is_drawn_where_none_is_given() -> None:
     assert ranks.agree_on_seed(7) == 7
     assert ranks.agree_on_seed(None) != ranks.agree_on_seed(None)
@@ -134,8 +165,10 @@ def test_every_group_gets_the_limit_of_the_run(tmp_path: Path) -> None:
     try:
         groups = [distributed.group.WORLD, distributed.new_group([0])]
         assert limit_of(groups[1]) == timedelta(minutes=30)
-        ranks.limit_waiting(77)
-        assert [limit_of(group) for group in groups] == [timedelta(seconds=77)] * 2
+        on_gpus: Any = SimpleNamespace(device=torch.device("cuda"))
+        ranks.limit_waiting(on_gpus, 77)
+        groups.append(ranks._host_group("cuda"))
+        assert [limit_of(group) for group in groups] == [timedelta(seconds=77)] * 3
     finally:
         distributed.destroy_process_group()
 

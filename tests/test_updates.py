@@ -32,12 +32,12 @@ SCALE = 1024.0
 class Setting:
     """A small model prepared by Accelerate; with a loss scaler where `scale` is given."""
 
-    def __init__(self, scale: float | None = None):
+    def __init__(self, scale: float | None = None, *, fused: bool = False):
         torch.manual_seed(0)
         self.accelerator: Any = Accelerator(cpu=True)
         layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
         network = nn.ModuleDict({"layers": layers, "head": nn.Linear(4, 1)})
-        optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, fused=fused)
         self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
         if scale is not None:
             scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
@@ -123,8 +123,9 @@ def test_a_broken_norm_is_never_applied(factor: float) -> None:
     assert setting.holdings() == before
 
 
-def test_an_overflow_lowers_the_loss_scale_and_asks_nobody() -> None:
-    setting = Setting(SCALE)
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_overflow_lowers_the_loss_scale_and_asks_nobody(fused: bool) -> None:
+    setting = Setting(SCALE, fused=fused)
     setting.step(0)
     weights, asked = setting.holdings()[:3], []
     outcome = setting.step(1, accept=lambda norm: not asked.append(norm), factor=1e36)

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import distributed
 
 import train_llm
+from llm_training import milestones
 from llm_training.argument_parsing import read_arguments
 from llm_training.data.rows.store_rows import IGNORE_INDEX, NO_ROW, Batch, StreamRows
 from llm_training.data.rows.windows import TrainingWindows
@@ -86,7 +87,7 @@ class Recorder:
         StreamRows.batch = batch  # type: ignore[method-assign]
         TrainingWindows.window = window  # type: ignore[method-assign]
         # The finished model is no part of the curve; test_export.py looks at it.
-        train_llm.export_model = lambda *_: None  # type: ignore[assignment]
+        milestones.export_model = lambda *_: None  # type: ignore[assignment]
 
     def take_samples(self) -> list[list[int]]:
         """The rows of each window over all ranks, in their order in the data.

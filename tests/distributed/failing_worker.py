@@ -13,7 +13,7 @@ from llm_training.data import DataError
 
 FAULT, STEP, RANK = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 IS_FAULTY = os.environ["RANK"] == RANK
-step_as_it_is, prepare_as_it_is = train_llm.optimizer_step, run_data.prepare_data
+step_as_it_is, prepare_as_it_is = train_llm.compute_gradients, run_data.prepare_data
 
 
 def faulty_step(training, *args):
@@ -50,6 +50,6 @@ def other_folder(accelerator, folder):
 
 if FAULT == "other_folder":
     shared_as_it_is, run.find_shared_folder = run.find_shared_folder, other_folder
-train_llm.optimizer_step = faulty_step
+train_llm.compute_gradients = faulty_step
 run_data.prepare_data = slow_data
 ranks.leave(train_llm.main(parse_arguments(sys.argv[4:])))

@@ -116,6 +116,7 @@ def records(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Reco
     def run_family(family: tuple[str, ...]) -> dict[str, dict[str, Any]]:
         actions = [(name, action) for name in family for action in ("plain", "healthy")]
         actions += [(name, "overflow") for name in family if name in FP16]
+        actions += [(name, "unseen") for name in family if name in FAMILIES[0]]
         cases = [case(name, action, folder, text_folder) for name, action in actions]
         given, output = folder / "cases.json", folder / "records.json"
         given.write_text(json.dumps(cases))
@@ -181,6 +182,22 @@ def test_layers_make_up_the_norm(backend, records):
         *("model.model.embed_tokens", "model.model.layers.0", "model.model.layers.1"),
         *("model.model.norm", "model.lm_head"),
     ]
+
+
+@pytest.mark.parametrize("backend", FAMILIES[0])
+def test_a_device_that_decides_alone_decides_alike(backend, records):
+    healthy, unseen = records(backend)["healthy"], records(backend)["unseen"]
+    for name in ("losses", "norms", "states"):
+        assert unseen[name] == healthy[name]
+    for rank in range(2):
+        for entry, other in zip(healthy["left_out"][rank], unseen["left_out"][rank], strict=True):
+            same = entry.keys() - {"num_broken"}
+            assert {name: other[name] for name in same} == {name: entry[name] for name in same}
+            # It knows the layers of a step with a broken loss as well.
+            assert (other["num_broken"] > 0) == (entry["fault"] != "unwanted")
+        layers = zip(healthy["layers"][rank], unseen["layers"][rank], strict=True)
+        for expected, found in layers:
+            assert found == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("backend", FP16)

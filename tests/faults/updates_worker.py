@@ -3,8 +3,9 @@
     accelerate launch --config_file accelerate_configs/ddp.yaml updates_worker.py CASES OUTPUT
 
 CASES and OUTPUT are those of `resume_worker.py`, with further actions: `plain` applies the good
-steps alone, by Accelerate's own calls; `healthy` meets every fault of `FAULTS` between them; and
-`overflow` does so in fp16 under DeepSpeed, whose loss scaler then has its say.
+steps alone, by Accelerate's own calls; `healthy` meets every fault of `FAULTS` between them;
+`unseen` does the same with the device deciding alone; and `overflow` does so in fp16 under
+DeepSpeed, whose loss scaler then has its say.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ BAD_POSITION = 80  # other samples than those of the good steps
 # all: a healthy gradient that is not wanted. And where gradients lie in the parameters: a number of
 # one rank's that turns into NaN after they have been exchanged.
 FAULTS = ("loss", "gradient", "unwanted", "flipped")
+Attempt = tuple[float, updates.StepOutcome, dict[str, float]]
 # Where DeepSpeed's optimizers keep this rank's share of the weights in fp32.
 MASTERS = (
     "fp32_partitioned_groups_flat",
@@ -56,7 +58,8 @@ def plain(words: list[str]) -> dict[str, Any]:
     record: dict[str, Any] = {"losses": [], "norms": [], "states": []}
     for step in range(GOOD_STEPS):
         total = torch.zeros(())
-        for micro_batch, factor in micro_batches(run, step * SAMPLES):
+        micro_batches, factor, _ = step_of(run, step * SAMPLES)
+        for micro_batch in micro_batches:
             with accelerator.accumulate(run.model):
                 loss, _ = run.model(**micro_batch)
                 total += loss.detach()
@@ -71,9 +74,10 @@ def plain(words: list[str]) -> dict[str, Any]:
     return over_ranks(record)
 
 
-def healthy(words: list[str]) -> dict[str, Any]:
+def healthy(words: list[str], *, is_unseen: bool = False) -> dict[str, Any]:
     """The good steps, with one that is left out after each of them but the last."""
     run = build(words)
+    attempt = attempt_unseen if is_unseen else attempt_seen
     record: dict[str, Any] = {name: [] for name in ("losses", "norms", "states", "left_out")}
     record["layers"] = []
     for step in range(GOOD_STEPS):
@@ -89,6 +93,11 @@ def healthy(words: list[str]) -> dict[str, Any]:
             found |= {"is_applied": outcome.is_applied, "state": digest(run)}
             record["left_out"].append(found | {"num_broken": count_broken(layers)})
     return over_ranks(record)
+
+
+def unseen(words: list[str]) -> dict[str, Any]:
+    """As `healthy`, but whether a step is applied is decided on the device, and read later."""
+    return healthy(words, is_unseen=True)
 
 
 def faults_under(run: train_llm.Run) -> tuple[str, ...]:
@@ -113,7 +122,7 @@ def overflow(words: list[str]) -> dict[str, Any]:
     engine: Any = run.model
     record: dict[str, Any] = {name: [] for name in ("norms", "applied", "asked", "scales")}
     for fault in ("", "gradient", "gradient", ""):
-        _, outcome, layers = attempt(run, 0, fault)
+        _, outcome, layers = attempt_seen(run, 0, fault)
         record["norms"].append(outcome.grad_norm)
         record["applied"].append(outcome.is_applied)
         record["asked"].append(bool(layers))
@@ -121,19 +130,48 @@ def overflow(words: list[str]) -> dict[str, Any]:
     return over_ranks(record)
 
 
-def attempt(
-    run: train_llm.Run, position: int, fault: str = ""
-) -> tuple[float, updates.StepOutcome, dict[str, float]]:
+def attempt_seen(run: train_llm.Run, position: int, fault: str = "") -> Attempt:
     """One step; its summed loss, how it ended, and the norm of each layer where it came so far."""
-    accelerator, is_victim = run.accelerator, run.accelerator.process_index == 1
-    total, asked, layers = torch.zeros(()), [], {}
+    accelerator, asked, layers = run.accelerator, [], {}
 
     def accept(norm: float) -> bool:
         asked.append(norm)
         layers.update(updates.norms_by_layer(accelerator, run.model))
         return fault != "unwanted"
 
-    for micro_batch, factor in micro_batches(run, position):
+    total, _ = gradients(run, position, fault)
+    (loss_sum,) = sum_over_ranks(accelerator, float(total))
+    if not math.isfinite(loss_sum):
+        updates.drop_gradients(accelerator, run.model, run.optimizer)
+        return loss_sum, updates.StepOutcome(math.nan, False), layers
+    outcome = updates.finish_step(
+        accelerator, run.model, run.optimizer, run.arguments.max_grad_norm, accept
+    )
+    assert repr(asked) in (repr([outcome.grad_norm]), "[]")  # once; NaN is written like NaN
+    return loss_sum, outcome, layers
+
+
+def attempt_unseen(run: train_llm.Run, position: int, fault: str = "") -> Attempt:
+    """The same by `finish_step_unseen`."""
+    total, num_tokens = gradients(run, position, fault)
+    step = updates.finish_step_unseen(
+        run.accelerator,
+        run.model,
+        run.optimizer,
+        run.arguments.max_grad_norm,
+        loss_sum=total,
+        num_tokens=num_tokens,
+        limits=updates.Limits(math.inf, 0.0 if fault == "unwanted" else math.inf),
+    )
+    return *step.read(), step.norms_by_layer(run.accelerator)
+
+
+def gradients(run: train_llm.Run, position: int, fault: str) -> tuple[Tensor, int]:
+    """Forward and backward over a step, with a fault; this rank's loss, and all tokens."""
+    accelerator, is_victim = run.accelerator, run.accelerator.process_index == 1
+    micro_batches, factor, num_tokens = step_of(run, position)
+    total = torch.zeros(())
+    for micro_batch in micro_batches:
         with accelerator.accumulate(run.model):
             loss, _ = run.model(**micro_batch)
             if fault == "loss" and is_victim:
@@ -147,23 +185,14 @@ def attempt(
         gradient = next(run.model.parameters()).grad
         local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
         local.view(-1)[0] = math.nan
-    (loss_sum,) = sum_over_ranks(accelerator, float(total))
-    if not math.isfinite(loss_sum):
-        updates.drop_gradients(accelerator, run.model, run.optimizer)
-        return loss_sum, updates.StepOutcome(math.nan, False), layers
-    outcome = updates.finish_step(
-        accelerator, run.model, run.optimizer, run.arguments.max_grad_norm, accept
-    )
-    assert repr(asked) in (repr([outcome.grad_norm]), "[]")  # once; NaN is written like NaN
-    return loss_sum, outcome, layers
+    return total, num_tokens
 
 
-def micro_batches(run: train_llm.Run, position: int) -> Iterator[tuple[dict[str, Tensor], float]]:
-    """The micro-batches of a step, and what their summed loss is multiplied by."""
+def step_of(run: train_llm.Run, position: int) -> tuple[list[dict[str, Tensor]], float, int]:
+    """Its micro-batches, what their summed loss is multiplied by, and all its tokens."""
     window = run.windows.window(position)
     num_tokens = train_llm.count_window_tokens(run, window)
-    factor = gradient_factor(run.accelerator, len(window)) / num_tokens
-    return ((micro_batch, factor) for micro_batch in window)
+    return window, gradient_factor(run.accelerator, len(window)) / num_tokens, num_tokens
 
 
 def count_broken(layers: dict[str, float]) -> int:
@@ -204,7 +233,7 @@ def over_ranks(record: dict[str, Any]) -> dict[str, Any]:
     return {name: [one[name] for one in found] for name in record}
 
 
-ACTIONS |= {"plain": plain, "healthy": healthy, "overflow": overflow}
+ACTIONS |= {"plain": plain, "healthy": healthy, "unseen": unseen, "overflow": overflow}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,262 @@
+"""What is done now and then beside the steps: logging, evaluating, saving, exporting, speaking.
+
+Every rank calls these; what one process alone must do, they see to themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from accelerate.utils import DistributedType
+from transformers import PreTrainedModel
+
+from llm_training.checkpointing import SaveError
+from llm_training.deadline import OPEN_STEPS, Pauses, Readings
+from llm_training.evaluation import evaluate
+from llm_training.export import export_model
+from llm_training.generation import generate_sample
+from llm_training.ranks import sum_over_ranks, tensor_parallel_size
+from llm_training.run import Run, make_plan_anew
+from llm_training.stopping import decide
+from llm_training.tracking import evaluation_line, progress_line
+
+# One process can then let the model speak without the others.
+WHOLE_MODEL_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+def log_progress(run: Run, learning_rate: float, grad_norm: float) -> None:
+    """One line of the log: means since the last one, the rest as of this step."""
+    state = run.state
+    metrics = {
+        "train/loss": state.logged_loss_sum / max(1, state.logged_tokens),
+        "train/grad_norm": grad_norm,
+        "train/learning_rate": learning_rate,
+        "train/tokens": state.tokens,
+    }
+    if (epoch := run.plan.epoch(state.samples)) is not None:
+        metrics["train/epoch"] = epoch
+    if (speed := run.meter.read()) is not None:
+        metrics["perf/tokens_per_second"] = speed
+        if run.mfu_per_speed is not None:
+            metrics["perf/mfu"] = speed * run.mfu_per_speed
+    if (memory := peak_memory(run.accelerator.device)) is not None:
+        metrics["perf/peak_memory_bytes"], metrics["perf/peak_memory_ratio"] = memory
+    if num_skipped := run.health.state.num_skipped:
+        metrics["train/skipped_steps"] = num_skipped
+    state.logged_loss_sum, state.logged_tokens = 0.0, 0
+    run.tracking.log(metrics, state.step)
+    total_steps = None if run.plan.is_open else run.plan.total_steps
+    seconds_left = run.meter.seconds_left(run.plan.total_steps - state.step)
+    if total_steps is None:
+        seconds_left = max(0.0, run.deadline.seconds_left)
+    run.tracking.say(progress_line(state.step, total_steps, metrics, seconds_left))
+
+
+def peak_memory(device: torch.device) -> tuple[int, float] | None:
+    """Most bytes that tensors held at once on this process's GPU, and as a share of its memory.
+
+    The device is not asked, and not waited for.
+    """
+    if device.type != "cuda":
+        return None
+    peak = torch.cuda.max_memory_allocated(device)
+    return peak, peak / torch.cuda.get_device_properties(device).total_memory
+
+
+def evaluate_in_passing(run: Run) -> bool:
+    """Evaluates where it was not done yet, and exports a model to keep; whether it is one."""
+    is_best = evaluate_and_log(run) and run.arguments.save_best
+    if is_best:
+        export(run, run.output.best)
+    return is_best
+
+
+def evaluate_and_log(run: Run) -> bool:
+    """Evaluates where there is something to evaluate on; true if the loss is the best so far.
+
+    A signal ends it early: then it counts for nothing, and the next start begins with it.
+    """
+    if run.validation is None:
+        return False
+    with run.meter.paused(), run.deadline.pause("evaluation"):
+        metrics = evaluate(
+            run.accelerator,
+            run.model,
+            run.validation,
+            run.arguments,
+            run.plan.batch,
+            is_stopped=lambda: is_asked_to_stop(run),
+        )
+    if metrics is None:
+        return False
+    run.state.evaluated_step = run.state.step
+    del metrics["eval/tokens"]  # the same each time
+    run.tracking.log(metrics, run.state.step)
+    run.tracking.say(evaluation_line(run.state.step, metrics))
+    return run.state.note_evaluation(metrics["eval/loss"], run.arguments.early_stopping_min_delta)
+
+
+def is_asked_to_stop(run: Run) -> bool:
+    """Whether any rank got a signal; every rank must call this, and all get the same answer."""
+    run.stop = decide(sum_over_ranks(run.accelerator, *run.request.votes())).stop
+    return run.stop is not None
+
+
+def save(run: Run, *, is_best: bool = False, must_succeed: bool = True) -> None:
+    """Saves a checkpoint; every rank must call this.
+
+    Raises:
+        SaveError: it could not be written, and must be or --on_save_error says stop.
+    """
+    state = run.state
+    state.stream = run.windows.state(state.samples)
+    state.health = dataclasses.asdict(run.health.state)
+    state.deadline = run.deadline.to_keep()
+    # One that is still being written tells nothing of how long that takes.
+    is_waited_for = must_succeed or not run.arguments.async_save
+    with run.meter.paused(), run.deadline.pause("save" if is_waited_for else None):
+        try:
+            run.checkpoints.wait()
+        except SaveError as error:  # of the one before; this one is not lost for it
+            if run.arguments.on_save_error == "stop":
+                raise
+            run.tracking.say(f"WARNING: {error}")
+        try:
+            run.checkpoints.save(state, is_best=is_best)
+            if must_succeed:
+                run.checkpoints.wait()
+        except SaveError as error:
+            if must_succeed or run.arguments.on_save_error == "stop":
+                raise
+            run.tracking.say(f"WARNING: {error}")
+
+
+def export(run: Run, folder: Path) -> PreTrainedModel | None:
+    """Writes the model as it is now; returns it opened again on rank 0, memory permitting."""
+    with run.meter.paused(), run.deadline.pause("export"):
+        return export_model(run.accelerator, run.model, run.network, run.tokenizer, folder)
+
+
+def decay_now(run: Run) -> None:
+    """Begins the final decay of warmup-stable-decay; the run ends with it."""
+    state, before = run.state, run.plan
+    if state.decay_from is not None:
+        run.tracking.say(f"DECAY changes nothing: it has begun at step {state.decay_from}")
+        return
+    state.decay_from = state.step
+    if run.deadline.is_set:
+        decay_before_deadline(run)
+    else:
+        make_plan_anew(run)
+    if run.plan.schedule == before.schedule:
+        state.decay_from = None
+        kind = run.arguments.lr_scheduler_type
+        run.tracking.say(f"DECAY changes nothing: lr_scheduler_type={kind}, step {state.step}")
+    else:
+        run.tracking.say(f"DECAY: the run now ends at step {run.plan.total_steps}")
+
+
+def decay_before_deadline(run: Run) -> None:
+    """The same in a run whose length follows from its hours, which may not make it longer then.
+
+    The decay is a fifth of all steps where nothing else is said, and so a quarter of those so far.
+    """
+    step, schedule = run.state.step, run.plan.schedule
+    end = step + (schedule.decay_steps or max(1, step // 4))
+    if schedule.kind == "warmup-stable-decay" and end < run.plan.total_steps:
+        run.deadline.state.latest_step = end
+        lay_out(run, end)
+
+
+def review_length(run: Run) -> None:
+    """Lays the run out by what is left of its hours, where that is due; every rank calls this."""
+    deadline, step = run.deadline, run.state.step
+    if not deadline.is_due(step):
+        return
+    pauses = Pauses(
+        eval_steps=run.arguments.eval_steps if run.validation is not None else None,
+        save_steps=run.arguments.save_steps,
+    )
+    readings = Readings(*of_first_rank(run, *dataclasses.astuple(deadline.readings())))
+    total = deadline.review(step, readings, pauses, run.arguments.max_steps)
+    if total is None or total == run.plan.total_steps:
+        return
+    if run.plan.is_open:
+        run.tracking.say(f"Length: about {total:,} steps fit into {deadline.state.hours:g} hours")
+        if total <= run.arguments.warmup_steps:
+            run.tracking.say(
+                f"WARNING: --warmup_steps {run.arguments.warmup_steps} is as long as all of"
+                " --max_train_hours, and nothing decays then. Give fewer, or more hours."
+            )
+    lay_out(run, total)
+
+
+def lay_out(run: Run, total_steps: int) -> None:
+    """Gives the run another number of steps; its rate goes on from where it stands."""
+    schedule = run.plan.schedule.laid_anew(run.state.step, total_steps)
+    is_open = total_steps >= OPEN_STEPS
+    run.deadline.note(None if is_open else total_steps, schedule.anchor)
+    run.state.deadline = run.deadline.to_keep()
+    make_plan_anew(run)
+
+
+def begin_deadline(run: Run) -> None:
+    """Lets the hours of training count from here on; every rank calls this before its first step.
+
+    Where other hours are asked for than before the stop, the length is open once more.
+    """
+    deadline, step = run.deadline, run.state.step
+    deadline.start(step)
+    if deadline.is_set and deadline.has_other_hours:
+        (left,) = of_first_rank(run, deadline.seconds_left)
+        lay_out(run, min(run.arguments.max_steps or OPEN_STEPS, OPEN_STEPS if left > 0 else step))
+
+
+def of_first_rank(run: Run, *values: float) -> list[float]:
+    """The values that rank 0 gives, on every rank; all must call this."""
+    is_first = run.accelerator.is_main_process
+    sums = sum_over_ranks(run.accelerator, *(value if is_first else 0.0 for value in values))
+    return [total * tensor_parallel_size(run.accelerator) for total in sums]
+
+
+def speak(run: Run) -> None:
+    """Lets the model speak as it is now, where one process holds it whole."""
+    if run.tokenizer is None or run.arguments.sample_prompt is None:
+        run.tracking.say("SAMPLE: there is no --sample_prompt to continue, or no tokenizer")
+    elif (
+        run.accelerator.distributed_type not in WHOLE_MODEL_TYPES
+        or tensor_parallel_size(run.accelerator) > 1
+    ):
+        run.tracking.say("SAMPLE: no process holds the whole model; look at best/ or final/")
+    elif run.accelerator.is_main_process:
+        with run.meter.paused(), run.deadline.pause():
+            run.tracking.say(f"sample step {run.state.step} | {sample(run, run.network)}")
+
+
+def final_sample(run: Run, exported: PreTrainedModel | None) -> str | None:
+    """What the exported model makes of the prompt, where one is given; None on other ranks.
+
+    The live one cannot speak alone on rank 0, where its weights lie on all of them.
+    """
+    speaker = exported
+    if speaker is None and run.accelerator.num_processes == 1:  # memory was too short to open it
+        speaker = run.network
+    if run.tokenizer is None or run.arguments.sample_prompt is None or speaker is None:
+        return None
+    return sample(run, speaker)
+
+
+def sample(run: Run, speaker: PreTrainedModel) -> str:
+    """What `speaker`, which this process holds whole, makes of the prompt."""
+    assert run.tokenizer is not None and run.arguments.sample_prompt is not None
+    with run.accelerator.autocast():
+        return generate_sample(
+            speaker,
+            run.tokenizer,
+            run.arguments.sample_prompt,
+            max_new_tokens=run.arguments.sample_max_new_tokens,
+            temperature=run.arguments.sample_temperature,
+            seed=run.state.seed,
+        )
