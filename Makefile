@@ -7,6 +7,7 @@ TEST_WORKERS ?= 2
 PORT ?= 5000
 BENCHMARKS := "start_up.py --rounds 3" "steady_state.py --rounds 1" "end_to_end.py --rounds 1" \
 	"data_building.py --megabytes 16 --rounds 1" "saving.py --rounds 2" "loss_head.py --rounds 1" \
+	"optimizers.py --models small --rounds 4" \
 	"growth.py --parts model processes paper --steps 3"
 
 VENV := .venv
@@ -51,8 +52,9 @@ equivalence: $(FOR_RUNS)  ## Train under every backend, print how far the curves
 chaos: $(FOR_TESTS)  ## Kill small runs 200 times, compare them with ones never killed (4 minutes)
 	@$(VENV_PYTHON) -m tests.faults.chaos --kills 200
 
-docs: $(FOR_RUNS)  ## Rewrite the README's table of arguments
+docs: $(FOR_RUNS)  ## Rewrite the tables of arguments and of other tools' names
 	@$(VENV_PYTHON) docs/make_argument_table.py
+	@$(VENV_PYTHON) docs/make_tool_table.py
 
 review: $(FOR_RUNS)  ## Show all runs in the browser: http://127.0.0.1:5000 (PORT=5001 for another)
 	@test -f mlflow.db || { echo "There is no mlflow.db yet: make quickstart writes the first run."; exit 1; }
