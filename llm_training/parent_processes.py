@@ -16,13 +16,18 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arguments import Arguments
 from llm_training.durable import write_json
+from llm_training.resolved_arguments import as_settings
 
+SCRIPT = Path(__file__).resolve().parents[1] / "train_llm.py"
+SHOWN_LINES = 20
 MARKER = "of_parent_processes"  # a folder without it is not ours
 POLL_SECONDS = 0.1
 MEETING_SECONDS = 120.0  # launchers start their processes at about the same time
@@ -61,20 +66,23 @@ class Parents:
         else:
             self._show_up()
 
-    def order(self, phase: int) -> dict[str, Any]:
+    def order(self, phase: int, **more: Any) -> dict[str, Any]:
         """What all do in a phase: the port where the children meet, and when it began.
 
         Rank 0's parent decides, the others wait for it; every parent must call this.
 
+        Args:
+            more: what else rank 0 has to say; of the others it is not heard.
+
         Returns:
-            `port`, and `since` in Unix seconds by the clock of rank 0.
+            `port`, `since` in Unix seconds by the clock of rank 0, and what more it said.
 
         Raises:
             ParentError: rank 0's parent is silent.
         """
         path = self.folder / f"order-{phase}.json"
         if self.rank == 0:
-            write_json(path, {"port": free_port(), "since": time.time()})
+            write_json(path, {"port": free_port(), "since": time.time()} | more)
         return self._wait_for(path, "rank 0 gives no more orders: its own words tell why.")
 
     def run_child(
@@ -119,9 +127,24 @@ class Parents:
             for rank in range(self.num_processes)
         ]
 
+    def part(self, phase: int) -> None:
+        """Ends a phase without a child; rank 0 may remove the folder then. Every parent calls it.
+
+        Raises:
+            ParentError: one does not come.
+        """
+        write_json(self._report(phase, self.rank), {})
+        if self.rank == 0:
+            self.reports(phase)
+
     def words(self, phase: int, rank: int) -> Path:
         """The file with all that the child of a rank said."""
         return self.folder / f"phase-{phase}-rank-{rank}.txt"
+
+    def last_words(self, phase: int, rank: int) -> str:
+        """The last lines of them."""
+        text = self.words(phase, rank).read_text(encoding="utf-8", errors="replace")
+        return "\n".join(text.rstrip().splitlines()[-SHOWN_LINES:])
 
     def _report(self, phase: int, rank: int) -> Path:
         return self.folder / f"ended-{phase}-rank-{rank}.json"
@@ -204,6 +227,45 @@ class Parents:
             f"{who} and rank 0 do not meet in {self.folder}. Give an --output_dir on storage that"
             " all machines share."
         )
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Inside, SIGTERM ends this process as an exception does, so that its child ends with it."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def short_run_settings(arguments: Arguments, output_dir: Path, num_steps: int) -> dict[str, Any]:
+    """The user's arguments as a child takes them: for so many steps, logged in full, for nobody."""
+    warmup_steps = min(arguments.warmup_steps, num_steps - 1)
+    decay_steps = arguments.lr_decay_steps
+    return as_settings(arguments) | {
+        "output_dir": str(output_dir),
+        "max_steps": num_steps,
+        "max_train_hours": None,
+        "warmup_steps": warmup_steps,
+        "lr_decay_steps": decay_steps and min(decay_steps, num_steps - warmup_steps),
+        "save_best": False,
+        "save_before_timeout": None,
+        "resume_from_checkpoint": "auto",
+        "reset_optimizer": False,
+        "allow_resume_change": [],
+        "eval_only": False,
+        "early_stopping_patience": None,
+        "sample_prompt": None,
+        "logging_steps": 1,
+        "report_to": ["none"],
+        "verify_resume": None,  # the children train
+        "find_batch_size": False,
+    }
 
 
 def _child_environment(port: int) -> dict[str, str]:

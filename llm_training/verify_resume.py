@@ -12,22 +12,25 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from arguments import Arguments, describe
+from arguments import Arguments
 from llm_training.durable import write_json
 from llm_training.outputs import OutputFolder
-from llm_training.parent_processes import POLL_SECONDS, ParentError, Parents
+from llm_training.parent_processes import (
+    POLL_SECONDS,
+    SCRIPT,
+    ParentError,
+    Parents,
+    ended_by_signals,
+    short_run_settings,
+)
 
-SCRIPT = Path(__file__).resolve().parents[1] / "train_llm.py"
 WHOLE, KILLED = "uninterrupted", "killed"  # the two runs, which should not differ
 KILL_POLL_SECONDS = 0.005  # a step of a small model takes little longer
-SHOWN_LINES = 20
 SHOWN_DIFFERENCES = 5
 
 
@@ -105,7 +108,7 @@ def verify_resume(arguments: Arguments) -> int:
     size = int(os.environ.get("WORLD_SIZE") or 1)
     parents = Parents(folder, rank, size, timeout_seconds=arguments.ddp_timeout)
     try:
-        with _ended_by_signals():
+        with ended_by_signals():
             parents.meet()
             for number in range(1, len(trial.phases) + 1):
                 _run_phase(trial, parents, arguments, number)
@@ -126,46 +129,19 @@ def verify_resume(arguments: Arguments) -> int:
 
 
 def trial_settings(arguments: Arguments, output_dir: Path, num_steps: int) -> dict[str, Any]:
-    """The arguments of both runs: those of the user, but short, logged in full and for nobody."""
+    """The arguments of both runs: those of the user, but short, with a checkpoint half-way."""
     evaluates = arguments.eval_steps is not None
     warmup_steps = min(arguments.warmup_steps, num_steps)
     decay_steps = arguments.lr_decay_steps
-    return describe(arguments) | {
-        "output_dir": str(output_dir),
+    return short_run_settings(arguments, output_dir, 2 * num_steps) | {
         "seed": Arguments().seed if arguments.seed is None else arguments.seed,
-        "max_steps": 2 * num_steps,
         "warmup_steps": warmup_steps,
         "lr_decay_steps": decay_steps and min(decay_steps, 2 * num_steps - warmup_steps),
         "save_steps": num_steps,
         "save_total_limit": 2,
-        "save_best": False,
-        "save_before_timeout": None,
-        "resume_from_checkpoint": "auto",
-        "reset_optimizer": False,
-        "allow_resume_change": [],
-        "eval_only": False,
         "eval_steps": num_steps if evaluates else None,
         "eval_max_batches": 1 if evaluates else arguments.eval_max_batches,
-        "early_stopping_patience": None,
-        "sample_prompt": None,
-        "logging_steps": 1,
-        "report_to": ["none"],
-        "verify_resume": None,  # the children train
     }
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Inside, SIGTERM ends this process as an exception does, so that its child ends with it."""
-
-    def end(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _run_phase(trial: Trial, parents: Parents, arguments: Arguments, number: int) -> None:
@@ -205,11 +181,10 @@ def _check_phase(trial: Trial, parents: Parents, number: int, phase: Phase) -> N
     failed = [rank for rank, code in enumerate(codes) if code != 0]
     if failed or phase.kill_step is not None:
         rank = failed[0] if failed else 0
-        text = parents.words(number, rank).read_text(encoding="utf-8", errors="replace")
-        last_words = "\n".join(text.rstrip().splitlines()[-SHOWN_LINES:])
         raise ParentError(
             f"phase {number} failed; rank {rank} ended with exit code {codes[rank]}. What the ranks"
-            f" said is in {trial.folder}/phase-{number}-*; the last of it:\n{last_words}"
+            f" said is in {trial.folder}/phase-{number}-*; the last of it:\n"
+            + parents.last_words(number, rank)
         )
 
 

@@ -50,3 +50,18 @@ def test_a_step_does_not_depend_on_the_steps_asked_for_before() -> None:
 
 def test_the_rate_is_never_zero_at_the_first_step() -> None:
     assert rates("linear", warmup_steps=9)[0] > 0
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "warmup-stable-decay"])
+@pytest.mark.parametrize("total", [60, 75, 80, 200])
+def test_a_decay_laid_anew_goes_on_from_where_it_stands(kind: str, total: int) -> None:
+    before = LearningRateSchedule(kind, 1.0, 10, 40, 80, 0.1)
+    after = before.laid_anew(50, total)
+    rates = [after.at(step) for step in range(50, total)]
+    assert rates[0] == pytest.approx(before.at(50))
+    assert rates == sorted(rates, reverse=True)
+    assert after.at(total) == pytest.approx(0.1)
+    assert after.laid_anew(55, 80).at(55) == pytest.approx(after.at(55))
+    plateau = before.laid_anew(5, total)  # nothing has decayed yet
+    if kind != "warmup-stable-decay" or total == 200:
+        assert plateau == LearningRateSchedule(kind, 1.0, 10, 40, total, 0.1)

@@ -28,15 +28,15 @@ def trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trial:
     place = open_place(tmp_path, monkeypatch)
     trial = Trial(place / "run.verify_resume", 3)
     train_small(place, str(trial.run(WHOLE).path), **STEPS)
-    step_as_it_is = train_llm.optimizer_step
+    step_as_it_is = train_llm.compute_gradients
 
-    def die(run: train_llm.Run, *args: Any) -> train_llm.StepResult:
+    def die(run: train_llm.Run, *args: Any) -> Any:
         if run.state.step == 4:
             raise RankError("killed")
         return step_as_it_is(run, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_llm, "optimizer_step", die)
+        patch.setattr(train_llm, "compute_gradients", die)
         train_small(place, str(trial.run(KILLED).path), code=1, **STEPS)
     return trial
 

@@ -6,13 +6,17 @@ from llm_training.throughput import format_count, format_duration
 
 
 def progress_line(
-    step: int, total_steps: int, metrics: dict[str, float], seconds_left: float | None = None
+    step: int,
+    total_steps: int | None,
+    metrics: dict[str, float],
+    seconds_left: float | None = None,
 ) -> str:
-    """The line on training; what was not measured is left out.
+    """The line on training; what was not measured is left out, and steps not yet known are a `?`.
 
     For instance `step 120/400 | loss 4.1234 | grad 0.81 | lr 9.8e-04 | 9.1k tokens/s | 1:52 left`.
     """
-    parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
+    total = "?" if total_steps is None else str(total_steps)
+    parts = [f"step {step:>{len(total)}}/{total}"]
     if "train/loss" in metrics:
         parts.append(f"loss {metrics['train/loss']:.4f}")
     if "train/grad_norm" in metrics:
