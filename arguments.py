@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -202,6 +202,11 @@ class OptimizationArguments:
     max_steps: int | None = arg(
         None, "Optimizer steps of the whole run; null: num_train_epochs decides."
     )
+    max_train_hours: float | None = arg(
+        None,
+        "Hours of training, pauses for saving and evaluating included: the decay ends with them,"
+        " and a last checkpoint lies within them; null: max_steps or num_train_epochs decide.",
+    )
     num_train_epochs: float = arg(
         1.0, "Passes over the training rows; max_steps, where given, goes before it."
     )
@@ -227,9 +232,20 @@ class PrecisionArguments:
 
     _argument_group_name = "precision and memory"
 
-    mixed_precision: Literal["auto", "bf16", "fp16", "fp32"] = arg(
+    mixed_precision: Literal["auto", "bf16", "fp16", "fp8", "fp32"] = arg(
         "auto",
-        "Arithmetic of the forward pass; auto: bf16 where the device computes it, else fp32.",
+        "Arithmetic of the forward pass; auto: bf16 where the device computes it, else fp32; fp8:"
+        " the blocks' matrices in 8 bits by the package torchao, all else as bf16.",
+    )
+    tf32: bool | None = arg(
+        None,
+        "On NVIDIA GPUs, round what is multiplied in float32 to TF32's 10 bits: several times as"
+        " fast; null: beside bf16, fp16 and fp8, not with fp32.",
+    )
+    deterministic: bool = arg(
+        True,
+        "On GPUs, use algorithms that give the same bits each time, where torch has them, though"
+        " some are slower; false: a continued run differs in the last bits. CPUs need no choice.",
     )
     gradient_checkpointing: bool = arg(
         False, "Compute activations again in the backward pass: less memory, about a third slower."
@@ -239,13 +255,36 @@ class PrecisionArguments:
         "Compute the loss over a part of the positions at a time, so that the logits never exist as"
         " a whole; null: where they would take much memory.",
     )
+    pad_vocab_to_multiple_of: int | None = arg(
+        None,
+        "Pad embedding and head to so many rows, which GPUs multiply faster. The rows are never"
+        " predicted, change no loss and are cut off from models in final/ and best/; 1: never;"
+        " null: 64 for new models of 16,384 tokens or more.",
+    )
     cpu_fast_path: bool = arg(
         True,
-        "On a CPU, keep freed memory for the next step and compute GELU's tanh form in one"
-        " operation: the same function, faster.",
+        "On a CPU, keep freed memory for the next step and compute GELU's tanh form and dropout in"
+        " one operation each: the same functions, faster.",
+    )
+    use_liger_kernel: bool = arg(
+        False,
+        "On GPUs, compute norms, rotary positions and gated MLPs by the package liger-kernel, for"
+        " the model types that it knows.",
     )
     torch_compile: bool = arg(
-        False, "Compile the model's blocks with torch.compile: slow to start, faster afterwards."
+        False, "Compile the model with torch.compile: slow to start, faster afterwards."
+    )
+    torch_compile_scope: Literal["blocks", "model"] = arg(
+        "blocks",
+        "What is compiled: blocks: one block, whose code serves all, which starts sooner; model:"
+        " the whole model with its loss.",
+    )
+    torch_compile_mode: Literal[
+        "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
+    ] = arg(
+        "default",
+        "torch.compile's mode: reduce-overhead replays each step as a CUDA graph, max-autotune also"
+        " tries out kernels, which takes minutes.",
     )
 
 
@@ -407,10 +446,35 @@ class RunArguments:
     ddp_timeout: int = arg(
         1800, "Seconds that a process waits for the others in one exchange before the run ends."
     )
+    dry_run: bool = arg(
+        False,
+        "Print what the run would do and need, refuse what cannot work, and stop: no weight is"
+        " allocated and nothing is trained.",
+    )
+    dry_run_steps: int | None = arg(
+        None,
+        "With dry_run, also train so many steps, which are thrown away, to tell how long the run"
+        " will take; null: none.",
+    )
+    find_batch_size: bool = arg(
+        False,
+        "Rehearse the longest batch through a whole step, evaluation and save, with more and more"
+        " rows, print the per_device_train_batch_size and gradient_accumulation_steps that fit the"
+        " same global_batch_size, and stop.",
+    )
     verify_resume: int | None = arg(
         None,
         "Prove that this run continues bit for bit on this machine: train twice so many steps with"
         " kills and without, compare everything, and stop; null: train.",
+    )
+    from_run: str | None = arg(
+        None,
+        "Run an earlier run again: its output_dir, one of its checkpoints or its MLflow run id."
+        " Files and flags go before its arguments; it is written to a folder of its own.",
+    )
+    show_arguments: bool = arg(
+        False,
+        "Print all arguments with where each comes from, as YAML that can be run, and stop.",
     )
 
 
@@ -427,6 +491,21 @@ class Arguments(
     ModelArguments,
 ):
     """All groups in one flat namespace; a function that needs one group says which by its type."""
+
+    @property
+    def origins(self) -> Mapping[str, str]:
+        """Where each value came from, by its name: "default", "run.yaml line 12", ...
+
+        Empty where they were not read by `llm_training/argument_parsing.py`. It is no field: equal
+        arguments are equal whatever their origins. `dataclasses.replace` leaves it behind.
+        """
+        return dict(vars(self).get("_origins", {}))
+
+    def with_origins(self, origins: Mapping[str, str]) -> Arguments:
+        """The same arguments, which know where they came from."""
+        known = dataclasses.replace(self)
+        vars(known)["_origins"] = dict(origins)
+        return known
 
 
 GROUPS: Sequence[Any] = (

@@ -16,37 +16,54 @@ from llm_training.stopping import end_with_launcher
 if __name__ == "__main__":
     gc.disable()  # what is imported stays: to search it for garbage takes a fifth of the time
     end_with_launcher()
+    if any(word.partition("=")[0] == "--convert" for word in sys.argv[1:]):
+        from llm_training.convert import convert_command
+
+        sys.exit(convert_command(sys.argv[1:]))
     # Help and every mistake in the settings are answered before the slow imports below.
     ARGUMENTS = parse_arguments(sys.argv[1:])
     if ARGUMENTS.verify_resume is not None:
         from llm_training.verify_resume import verify_resume
 
         sys.exit(verify_resume(ARGUMENTS))
+    if ARGUMENTS.find_batch_size:
+        from llm_training.batch_finder import find_batch_size
 
-import dataclasses
+        sys.exit(find_batch_size(ARGUMENTS))
+
 import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from io import TextIOWrapper
-from pathlib import Path
 
 import torch
-from accelerate.utils import DistributedType
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from llm_training.checkpointing import CheckpointError, SaveError
+from llm_training.checkpointing import CheckpointError
 from llm_training.data import DataError
+from llm_training.data.rows.ahead import to_device
 from llm_training.data.rows.store_rows import Batch
 from llm_training.document_mask import DocumentMaskError
+from llm_training.dry_run import dry_run
 from llm_training.evaluate_only import evaluate_only
-from llm_training.evaluation import evaluate
-from llm_training.export import ExportError, export_model
-from llm_training.generation import generate_sample
-from llm_training.health import Kind, UnhealthyError, Verdict
+from llm_training.export import ExportError
+from llm_training.health import UnhealthyError
 from llm_training.launch import LaunchError, seed_everything
 from llm_training.losses import count_predicted_tokens
-from llm_training.mishaps import leave_out, pass_over
+from llm_training.milestones import (
+    begin_deadline,
+    decay_now,
+    evaluate_and_log,
+    evaluate_in_passing,
+    export,
+    final_sample,
+    log_progress,
+    review_length,
+    save,
+    speak,
+)
+from llm_training.mishaps import explain_out_of_memory, leave_out, pass_over
 from llm_training.modeling import ModelError
 from llm_training.optim import OptimizerError, set_learning_rate
 from llm_training.outputs import OutputError, OutputFolder
@@ -64,7 +81,8 @@ from llm_training.ranks import (
 )
 from llm_training.replicas import ReplicaError, has_replicas, require_equal_replicas
 from llm_training.reporting import summary_lines
-from llm_training.run import Run, StepResult, build_run, make_plan_anew
+from llm_training.run import Run, build_run
+from llm_training.steps import read_step, update_weights
 from llm_training.stopping import (
     GRACE_SECONDS,
     START_GRACE_SECONDS,
@@ -73,8 +91,9 @@ from llm_training.stopping import (
     StopRequest,
     decide,
 )
-from llm_training.tracking import TrackingError, evaluation_line, progress_line
-from llm_training.updates import backward, drop_gradients, finish_step, norms_by_layer
+from llm_training.tracking import TrackingError
+from llm_training.trial import run_trial
+from llm_training.updates import UnseenStep, backward, drop_gradients
 
 # What a user can cause and mend: told in one paragraph, without a traceback.
 EXPECTED_ERRORS = (
@@ -94,9 +113,6 @@ EXPECTED_ERRORS = (
 )
 
 NOTHING_ASKED = Decision(None, frozenset())
-EMPTY = Verdict(Kind.EMPTY, "no token to predict")
-# One process can then let the model speak without the others.
-WHOLE_MODEL_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 def main(arguments: Arguments) -> int:
@@ -115,7 +131,11 @@ def main(arguments: Arguments) -> int:
 def run_and_tell(arguments: Arguments, request: StopRequest) -> int:
     """Runs what the arguments say, and tells in one paragraph what a user can mend."""
     try:
-        if arguments.eval_only:
+        if arguments.dry_run:
+            plan = dry_run(arguments, request)
+            if arguments.dry_run_steps:
+                run_trial(arguments, request, plan, train)
+        elif arguments.eval_only:
             evaluate_only(arguments, request)
         else:
             run_training(arguments, request)
@@ -151,21 +171,6 @@ def run_training(arguments: Arguments, request: StopRequest) -> None:
             resume(run)
             train(run)
             finish(run)
-
-
-def explain_out_of_memory(error: torch.OutOfMemoryError) -> str:
-    """What to tell a person whose device is too small for the run."""
-    peak = ""
-    if torch.cuda.is_available():
-        peak = (
-            f" At its peak this process held {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB."
-        )
-    return (
-        f"rank {os.environ.get('RANK', '0')}: the device has no memory left."
-        f" {str(error).splitlines()[0]}{peak} Checkpoints are whole. What helps, each with the same"
-        " curve: a smaller --per_device_train_batch_size at the same --global_batch_size,"
-        " --gradient_checkpointing true, more devices with accelerate_configs/fsdp.yaml."
-    )
 
 
 def is_finished(output: OutputFolder, arguments: Arguments) -> bool:
@@ -206,6 +211,7 @@ def resume(run: Run) -> None:
 def train(run: Run) -> None:
     """The loop: one iteration is one optimizer step over one window of micro-batches."""
     state = run.state
+    begin_deadline(run)
     if run.request.grace_seconds is not None:
         run.request.grace_seconds = GRACE_SECONDS  # from here on there is something to save
     if has_replicas(run.accelerator):
@@ -221,33 +227,84 @@ def train(run: Run) -> None:
         pass_over(run)
         window = run.windows.window(state.samples)
         num_tokens = count_window_tokens(run, window)
+        loss_sum = compute_gradients(run, window, num_tokens)
+        if not settle(run):  # the step before has sent the run back: these gradients serve nothing
+            drop_gradients(run.accelerator, run.model, run.optimizer)
+            continue
         learning_rate = run.plan.schedule.at(state.step)
         set_learning_rate(run.optimizer, learning_rate)
-        result = optimizer_step(run, window, num_tokens)
-
-        first, sample_ids = state.samples, run.windows.sample_ids(state.samples)
-        state.note_samples(sample_ids)
-        state.samples += min(run.plan.batch.global_batch, run.plan.num_samples - first)
-        run.meter.update((state.samples - first) * run.plan.block_size)
-        if result.is_applied:
-            state.step += 1
-            state.tokens += num_tokens
-            state.logged_tokens += num_tokens
-            state.logged_loss_sum += result.loss_sum
-            run.health.note_good(result.loss_sum / num_tokens, result.grad_norm)
-            act_when_due(run, learning_rate, result.grad_norm)
-        else:
-            leave_out(run, result, first, sample_ids)
-        obey(run, result.decision)
+        run.open_step = update_weights(run, loss_sum, num_tokens, learning_rate)
+        decision = agree(run)
+        if is_awaited(run, decision):
+            settle(run)
+        obey(run, decision)
     if state.logged_tokens:  # the last steps were left out
         log_progress(run, run.plan.schedule.at(state.step), math.nan)
     if state.evaluated_step != state.step:
         save(run, is_best=evaluate_in_passing(run))
 
 
+def compute_gradients(run: Run, window: list[Batch], num_tokens: int) -> Tensor:
+    """Forward and backward over one window; returns this rank's summed loss, () float32.
+
+    The loss of the step is (sum of token losses) / `num_tokens`, over the window and all ranks, so
+    its gradient is the same however the window is split. Accelerate divides each backward pass by
+    the accumulation and averages it over the ranks, hence the factor.
+    """
+    accelerator = run.accelerator
+    factor = gradient_factor(accelerator, len(window)) / max(1, num_tokens)
+    loss_sum = torch.zeros((), device=accelerator.device)
+    for micro_batch in window:
+        batch = to_device(micro_batch, accelerator.device)
+        with accelerator.accumulate(run.model), split_positions(accelerator, batch) as share:
+            loss, _ = run.model(**share)
+            loss_sum += loss.detach()
+            backward(accelerator, run.model, loss * factor)
+    return loss_sum
+
+
+def is_awaited(run: Run, decision: Decision) -> bool:
+    """Whether anything that follows must know how the last step ended.
+
+    Otherwise the device computes on, and what it found is read during the next step. The last two
+    steps of a run are awaited: one that is left out changes what comes after them.
+    """
+    assert run.open_step is not None
+    if decision != NOTHING_ASKED or not isinstance(run.open_step.outcome, UnseenStep):
+        return True
+    arguments, step = run.arguments, run.state.step + 1
+    intervals = (arguments.logging_steps, arguments.eval_steps, arguments.save_steps)
+    is_something_due = any(is_due(step, n) for n in (*intervals, arguments.replica_check_steps))
+    return is_something_due or step >= run.plan.total_steps - 1
+
+
+def settle(run: Run) -> bool:
+    """Takes in how the last step ended, where that was left open, and does what is due after it.
+
+    Returns:
+        Whether the run still stands where it did: too many bad steps may have sent it back.
+    """
+    step, state, run.open_step = run.open_step, run.state, None
+    if step is None:
+        return True
+    result, samples = read_step(run, step), state.samples
+    run.meter.update((samples - step.first_sample) * run.plan.block_size)
+    if result.is_applied:
+        state.step += 1
+        state.tokens += step.num_tokens
+        state.logged_tokens += step.num_tokens
+        state.logged_loss_sum += result.loss_sum
+        run.health.note_good(result.loss_sum / step.num_tokens, result.grad_norm)
+        act_when_due(run, step.learning_rate, result.grad_norm)
+    else:
+        leave_out(run, step, result)
+    return state.samples == samples
+
+
 def act_when_due(run: Run, learning_rate: float, grad_norm: float) -> None:
-    """After a step that was applied: logs, evaluates and saves what is due."""
+    """After a step that was applied: looks at the clock, logs, evaluates and saves what is due."""
     arguments, state = run.arguments, run.state
+    review_length(run)
     is_last = state.step == run.plan.total_steps
     if is_due(state.step, arguments.replica_check_steps) and has_replicas(run.accelerator):
         require_equal_replicas(run.accelerator, run.model, state.step)
@@ -261,43 +318,10 @@ def act_when_due(run: Run, learning_rate: float, grad_norm: float) -> None:
         save(run, is_best=is_best, must_succeed=is_last)
 
 
-def optimizer_step(run: Run, window: list[Batch], num_tokens: int) -> StepResult:
-    """Forward, backward and update over one window.
-
-    The loss of the step is (sum of token losses) / `num_tokens`, over the window and all ranks, so
-    its gradient is the same however the window is split. Accelerate divides each backward pass by
-    the accumulation and averages it over the ranks, hence the factor. A step that is left out
-    changes nothing.
-    """
-    accelerator, health = run.accelerator, run.health
-    factor = gradient_factor(accelerator, len(window)) / max(1, num_tokens)
-    loss_sum = torch.zeros((), device=accelerator.device)
-    for micro_batch in window:
-        batch = {name: tensor.to(accelerator.device) for name, tensor in micro_batch.items()}
-        with accelerator.accumulate(run.model), split_positions(accelerator, batch) as share:
-            loss, _ = run.model(**share)
-            loss_sum += loss.detach()
-            backward(accelerator, run.model, loss * factor)
-    orders = run.controls.take() if accelerator.is_main_process else ()
-    total_loss, *votes = sum_over_ranks(accelerator, float(loss_sum), *run.request.votes(orders))
-    decision = decide(votes)
-    verdict = health.judge_loss(total_loss / num_tokens) if num_tokens else EMPTY
-    layers: dict[str, float] = {}
-    if not verdict.is_ok:
-        layers = norms_by_layer(accelerator, run.model) if num_tokens else {}
-        drop_gradients(accelerator, run.model, run.optimizer)
-        return StepResult(total_loss, num_tokens, math.nan, False, verdict, layers, decision)
-
-    def accept(grad_norm: float) -> bool:
-        nonlocal verdict, layers
-        verdict = health.judge_norm(grad_norm)
-        layers = {} if verdict.is_ok else norms_by_layer(accelerator, run.model)
-        return verdict.is_ok
-
-    limit = run.arguments.max_grad_norm
-    outcome = finish_step(accelerator, run.model, run.optimizer, limit, accept)
-    norm, is_applied = outcome.grad_norm, outcome.is_applied
-    return StepResult(total_loss, num_tokens, norm, is_applied, verdict, layers, decision)
+def agree(run: Run) -> Decision:
+    """What a signal to any rank or a file in the output folder asks for, for all ranks alike."""
+    orders = run.controls.take() if run.accelerator.is_main_process else ()
+    return decide(sum_over_ranks(run.accelerator, *run.request.votes(orders)))
 
 
 def obey(run: Run, decision: Decision) -> None:
@@ -320,62 +344,6 @@ def obey(run: Run, decision: Decision) -> None:
         raise Stopped(stop, f"at step {run.state.step}")
 
 
-def decay_now(run: Run) -> None:
-    """Begins the final decay of warmup-stable-decay; the run ends with it."""
-    state, before = run.state, run.plan
-    if state.decay_from is not None:
-        run.tracking.say(f"DECAY changes nothing: it has begun at step {state.decay_from}")
-        return
-    state.decay_from = state.step
-    make_plan_anew(run)
-    if run.plan.schedule == before.schedule:
-        state.decay_from = None
-        kind = run.arguments.lr_scheduler_type
-        run.tracking.say(f"DECAY changes nothing: lr_scheduler_type={kind}, step {state.step}")
-    else:
-        run.tracking.say(f"DECAY: the run now ends at step {run.plan.total_steps}")
-
-
-def speak(run: Run) -> None:
-    """Lets the model speak as it is now, where one process holds it whole."""
-    if run.tokenizer is None or run.arguments.sample_prompt is None:
-        run.tracking.say("SAMPLE: there is no --sample_prompt to continue, or no tokenizer")
-    elif (
-        run.accelerator.distributed_type not in WHOLE_MODEL_TYPES
-        or tensor_parallel_size(run.accelerator) > 1
-    ):
-        run.tracking.say("SAMPLE: no process holds the whole model; look at best/ or final/")
-    elif run.accelerator.is_main_process:
-        with run.meter.paused():
-            run.tracking.say(f"sample step {run.state.step} | {sample(run, run.network)}")
-
-
-def save(run: Run, *, is_best: bool = False, must_succeed: bool = True) -> None:
-    """Saves a checkpoint; every rank must call this.
-
-    Raises:
-        SaveError: it could not be written, and must be or --on_save_error says stop.
-    """
-    state = run.state
-    state.stream = run.windows.state(state.samples)
-    state.health = dataclasses.asdict(run.health.state)
-    with run.meter.paused():
-        try:
-            run.checkpoints.wait()
-        except SaveError as error:  # of the one before; this one is not lost for it
-            if run.arguments.on_save_error == "stop":
-                raise
-            run.tracking.say(f"WARNING: {error}")
-        try:
-            run.checkpoints.save(state, is_best=is_best)
-            if must_succeed:
-                run.checkpoints.wait()
-        except SaveError as error:
-            if must_succeed or run.arguments.on_save_error == "stop":
-                raise
-            run.tracking.say(f"WARNING: {error}")
-
-
 def count_window_tokens(run: Run, window: list[Batch]) -> int:
     """Predicted tokens of the window over all ranks."""
     tokens = sum(int(count_predicted_tokens(batch["labels"])) for batch in window)
@@ -391,68 +359,6 @@ def is_stopped_early(run: Run) -> bool:
     """Whether too many evaluations in a row brought nothing better."""
     patience = run.arguments.early_stopping_patience
     return patience is not None and run.state.evals_without_better >= patience
-
-
-def log_progress(run: Run, learning_rate: float, grad_norm: float) -> None:
-    """One line of the log: means since the last one, the rest as of this step."""
-    state = run.state
-    metrics = {
-        "train/loss": state.logged_loss_sum / max(1, state.logged_tokens),
-        "train/grad_norm": grad_norm,
-        "train/learning_rate": learning_rate,
-        "train/tokens": state.tokens,
-    }
-    if (epoch := run.plan.epoch(state.samples)) is not None:
-        metrics["train/epoch"] = epoch
-    if (speed := run.meter.read()) is not None:
-        metrics["perf/tokens_per_second"] = speed
-        if run.mfu_per_speed is not None:
-            metrics["perf/mfu"] = speed * run.mfu_per_speed
-    if num_skipped := run.health.state.num_skipped:
-        metrics["train/skipped_steps"] = num_skipped
-    state.logged_loss_sum, state.logged_tokens = 0.0, 0
-    run.tracking.log(metrics, state.step)
-    seconds_left = run.meter.seconds_left(run.plan.total_steps - state.step)
-    run.tracking.say(progress_line(state.step, run.plan.total_steps, metrics, seconds_left))
-
-
-def evaluate_in_passing(run: Run) -> bool:
-    """Evaluates where it was not done yet, and exports a model to keep; whether it is one."""
-    is_best = evaluate_and_log(run) and run.arguments.save_best
-    if is_best:
-        export(run, run.output.best)
-    return is_best
-
-
-def evaluate_and_log(run: Run) -> bool:
-    """Evaluates where there is something to evaluate on; true if the loss is the best so far.
-
-    A signal ends it early: then it counts for nothing, and the next start begins with it.
-    """
-    if run.validation is None:
-        return False
-    with run.meter.paused():
-        metrics = evaluate(
-            run.accelerator,
-            run.model,
-            run.validation,
-            run.arguments,
-            run.plan.batch,
-            is_stopped=lambda: is_asked_to_stop(run),
-        )
-    if metrics is None:
-        return False
-    run.state.evaluated_step = run.state.step
-    del metrics["eval/tokens"]  # the same each time
-    run.tracking.log(metrics, run.state.step)
-    run.tracking.say(evaluation_line(run.state.step, metrics))
-    return run.state.note_evaluation(metrics["eval/loss"], run.arguments.early_stopping_min_delta)
-
-
-def is_asked_to_stop(run: Run) -> bool:
-    """Whether any rank got a signal; every rank must call this, and all get the same answer."""
-    run.stop = decide(sum_over_ranks(run.accelerator, *run.request.votes())).stop
-    return run.stop is not None
 
 
 # -------------------------------------------------------------------------------------------- end
@@ -494,39 +400,6 @@ def finish(run: Run) -> None:
     if accelerator.is_main_process:
         run.output.write_result(result)
     accelerator.print("\n".join(summary_lines(result)), flush=True)
-
-
-def export(run: Run, folder: Path) -> PreTrainedModel | None:
-    """Writes the model as it is now; returns it opened again on rank 0, memory permitting."""
-    with run.meter.paused():
-        return export_model(run.accelerator, run.model, run.network, run.tokenizer, folder)
-
-
-def final_sample(run: Run, exported: PreTrainedModel | None) -> str | None:
-    """What the exported model makes of the prompt, where one is given; None on other ranks.
-
-    The live one cannot speak alone on rank 0, where its weights lie on all of them.
-    """
-    speaker = exported
-    if speaker is None and run.accelerator.num_processes == 1:  # memory was too short to open it
-        speaker = run.network
-    if run.tokenizer is None or run.arguments.sample_prompt is None or speaker is None:
-        return None
-    return sample(run, speaker)
-
-
-def sample(run: Run, speaker: PreTrainedModel) -> str:
-    """What `speaker`, which this process holds whole, makes of the prompt."""
-    assert run.tokenizer is not None and run.arguments.sample_prompt is not None
-    with run.accelerator.autocast():
-        return generate_sample(
-            speaker,
-            run.tokenizer,
-            run.arguments.sample_prompt,
-            max_new_tokens=run.arguments.sample_max_new_tokens,
-            temperature=run.arguments.sample_temperature,
-            seed=run.state.seed,
-        )
 
 
 if __name__ == "__main__":

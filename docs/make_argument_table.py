@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from llm_training.argument_parsing import argument_table
+from llm_training.argument_help import argument_table
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN = "<!-- arguments: begin -->"

@@ -5,7 +5,6 @@ Nothing here imports more than the standard library, so the report comes at once
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -20,15 +19,19 @@ from arguments import (
     holds_conversations,
     mixture_sources,
 )
+from llm_training.hardware_checks import hardware_problems
 from llm_training.launch_checks import launch_problems
 from llm_training.launch_settings import LaunchSettings
+from llm_training.length_checks import length_problems
+from llm_training.speed_checks import speed_problems
 
 # What a value must be, its test, and the arguments it holds for; null passes where it is allowed.
 RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "more than 0",
         lambda x: x > 0,
-        "learning_rate adam_epsilon max_grad_norm num_train_epochs save_before_timeout skip_spikes",
+        "learning_rate adam_epsilon max_grad_norm num_train_epochs save_before_timeout skip_spikes"
+        " max_train_hours",
     ),
     (
         "0 or more",
@@ -42,7 +45,8 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "max_steps lr_decay_steps save_steps save_total_limit logging_steps num_threads"
         " per_device_train_batch_size gradient_accumulation_steps global_batch_size"
         " eval_steps eval_max_batches per_device_eval_batch_size early_stopping_patience"
-        " sample_max_new_tokens ddp_timeout shuffle_buffer_size replica_check_steps",
+        " sample_max_new_tokens ddp_timeout shuffle_buffer_size replica_check_steps"
+        " pad_vocab_to_multiple_of dry_run_steps",
     ),
     ("2 or more", lambda x: x >= 2, "block_size verify_resume"),
     ("257 or more, for 256 bytes and a special token", lambda x: x >= 257, "vocab_size"),
@@ -60,6 +64,8 @@ SECRET = re.compile(
     r"|A(KI|SI)A[0-9A-Z]{16}|sk-(proj-)?[A-Za-z0-9]{32,}|xox[abp]-[\w-]{10,}|dapi[0-9a-f]{32})\b"
 )
 
+# What a start can be for, in place of training.
+MODES = ("dry_run", "find_batch_size", "eval_only", "verify_resume")
 DEFAULTS = describe(Arguments())
 _DATASET_ARGUMENTS = (
     *("dataset_config_name", "dataset_split", "dataset_validation_split", "dataset_revision"),
@@ -74,18 +80,21 @@ def find_problems(arguments: Arguments, launch: LaunchSettings) -> list[str]:
     """
     out_of_range = list(_range_problems(arguments))
     rules = (
+        *_mode_problems(arguments),
         *_model_problems(arguments),
+        *_position_problems(arguments),
         *_data_problems(arguments),
         *_streaming_problems(arguments),
         *_document_mask_problems(arguments, launch),
         *_path_problems(arguments),
         *_folder_problems(arguments),
         *batch_problems(arguments, launch.data_parallel_size),
-        *_schedule_problems(arguments),
+        *length_problems(arguments),
         *_health_problems(arguments),
         *_evaluation_problems(arguments),
         *_secret_problems(arguments),
-        *_machine_problems(arguments),
+        *hardware_problems(arguments, launch),
+        *speed_problems(arguments, launch),
         *launch_problems(arguments, launch),
     )
     doubtful = names_in(*out_of_range)
@@ -101,6 +110,16 @@ def _range_problems(arguments: Arguments) -> Iterator[str]:
                 yield f"{name}={value} is out of range: it must be {phrase}{null}"
 
 
+def _mode_problems(arguments: Arguments) -> Iterator[str]:
+    """A start does one of these, or trains."""
+    given = [f"{name}={shown(value)}" for name in MODES if (value := getattr(arguments, name))]
+    if len(given) > 1:
+        yield f"{' and '.join(given)} exclude each other: keep one, and start again for the next"
+    if arguments.dry_run_steps is not None and not arguments.dry_run:
+        steps = f"dry_run_steps={arguments.dry_run_steps}"
+        yield f"{steps} has no effect without dry_run: drop it, or give that"
+
+
 def _model_problems(arguments: Arguments) -> Iterator[str]:
     loaded, new = arguments.model_name_or_path, arguments.model_type
     if loaded and new:
@@ -112,6 +131,33 @@ def _model_problems(arguments: Arguments) -> Iterator[str]:
         changes = shown(arguments.config_overrides)
         both = f"config_overrides={changes} and model_name_or_path={loaded}"
         yield f"{both} exclude each other: weights fit one configuration only; drop the first"
+
+
+def _position_problems(arguments: Arguments) -> Iterator[str]:
+    """Rows that are longer than the model, where that stands written already."""
+    block_size, folder = arguments.block_size, arguments.model_name_or_path
+    if block_size is None:
+        return
+    place, config = "config_overrides", arguments.config_overrides
+    if folder is not None:
+        path = os.path.join(folder, "config.json")
+        place, config = f"model_name_or_path={folder}", _read_json_object(path)
+    for name in ("max_position_embeddings", "n_positions"):
+        positions = config.get(name)
+        if isinstance(positions, int) and 1 < positions < block_size:
+            yield (
+                f"block_size={block_size} is more than {name}={positions} of {place}: use"
+                f" block_size {positions} or less, or a model with more positions"
+            )
+
+
+def _read_json_object(path: str) -> dict[str, Any]:
+    """What a JSON file holds; nothing where there is none, or none that can be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return dict(json.load(file))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
 
 
 def _data_problems(arguments: Arguments) -> Iterator[str]:
@@ -183,8 +229,8 @@ def _streaming_problems(arguments: Arguments) -> Iterator[str]:
             size = arguments.shuffle_buffer_size
             yield f"shuffle_buffer_size={size} has no effect without streaming: drop it"
         return
-    if arguments.max_steps is None:
-        yield "streaming=true needs max_steps: a stream has no end that is known beforehand"
+    if arguments.max_steps is None and arguments.max_train_hours is None:
+        yield "streaming=true needs max_steps or max_train_hours: nobody knows where a stream ends"
     for name in ("train_mixture", "drop_duplicates", "min_document_characters"):
         if value := getattr(arguments, name):
             advice = "drop it, or prepare the data without streaming"
@@ -203,10 +249,14 @@ def _streaming_problems(arguments: Arguments) -> Iterator[str]:
         )
 
 
-def _document_mask_problems(arguments: Arguments, launch: LaunchSettings) -> Iterator[str]:
+def masks_documents(arguments: Arguments) -> bool:
+    """Whether documents in a row do not see each other; by default those of conversations."""
     by_default = any(holds_conversations(own) for own in mixture_sources(arguments).values())
-    is_on = by_default if arguments.document_mask is None else arguments.document_mask
-    if is_on and launch.cp_size > 1:
+    return by_default if arguments.document_mask is None else arguments.document_mask
+
+
+def _document_mask_problems(arguments: Arguments, launch: LaunchSettings) -> Iterator[str]:
+    if masks_documents(arguments) and launch.cp_size > 1:
         yield (
             f"document_mask={shown(arguments.document_mask)} is on, but"
             f" parallelism_config_cp_size={launch.cp_size} splits rows over ranks, whose attention"
@@ -231,6 +281,10 @@ def _path_problems(arguments: Arguments) -> Iterator[str]:
     if arguments.reset_optimizer and checkpoint == "none":
         both = "reset_optimizer=true and resume_from_checkpoint=none"
         yield f"{both} exclude each other: name the checkpoint to continue from, or drop the first"
+    if arguments.allow_resume_change and checkpoint == "none":
+        allowed = f"allow_resume_change={shown(arguments.allow_resume_change)}"
+        advice = "nothing is continued that could differ; drop the first"
+        yield f"{allowed} and resume_from_checkpoint=none exclude each other: {advice}"
 
 
 def _missing(name: str, path: str) -> str:
@@ -247,20 +301,6 @@ def _folder_problems(arguments: Arguments) -> Iterator[str]:
         return
     if run_name.strip() in ("", ".", "..") or re.search(r"[/\\\x00-\x1f]", run_name):
         yield f"run_name={shown(run_name)} cannot name a folder: use no slash, and not . or .."
-
-
-def _schedule_problems(arguments: Arguments) -> Iterator[str]:
-    warmup, decay, total = arguments.warmup_steps, arguments.lr_decay_steps, arguments.max_steps
-    if decay and arguments.lr_scheduler_type == "constant":
-        advice = "leave it out, or choose another lr_scheduler_type"
-        yield f"lr_decay_steps={decay} has no effect with lr_scheduler_type=constant: {advice}"
-    if total is None:
-        return
-    if warmup > total:
-        yield f"warmup_steps={warmup} is more than max_steps={total}: lower it or raise max_steps"
-    elif decay and warmup + decay > total:
-        steps = f"warmup_steps={warmup} + lr_decay_steps={decay} = {warmup + decay}"
-        yield f"{steps} is more than max_steps={total}: lower one or raise max_steps"
 
 
 def _health_problems(arguments: Arguments) -> Iterator[str]:
@@ -304,28 +344,6 @@ def _secret_problems(arguments: Arguments) -> Iterator[str]:
                 f"{name} holds what looks like a key or token, which everyone on this machine could"
                 " read: leave it out, and give it in the environment, such as HF_TOKEN"
             )
-
-
-def _machine_problems(arguments: Arguments) -> Iterator[str]:
-    if arguments.mixed_precision == "fp16" and arguments.device == "cpu":
-        yield "mixed_precision=fp16 does not train with device=cpu: use bf16, fp32 or auto"
-    if arguments.optim == "adamw_8bit":
-        if arguments.device in ("cpu", "mps"):
-            both = f"optim=adamw_8bit and device={arguments.device}"
-            yield f"{both} exclude each other: it works on CUDA GPUs; use optim=adamw"
-        elif not _is_installed("bitsandbytes"):
-            yield "optim=adamw_8bit needs a package: pip install bitsandbytes, or use optim=adamw"
-    report_to = arguments.report_to
-    if len(set(report_to)) < len(report_to) or ("none" in report_to and len(report_to) > 1):
-        yield f"report_to={shown(report_to)}: name each tracker once, or none alone"
-    for tracker in sorted({*report_to} - {"none"}):
-        if not _is_installed(tracker):
-            yield f"report_to={tracker} is not installed: pip install {tracker}, or report_to=none"
-
-
-def _is_installed(package: str) -> bool:
-    spec = importlib.util.find_spec(package)
-    return spec is not None and spec.origin is not None  # none: a folder ./wandb of earlier runs
 
 
 def shown(value: Any) -> str:

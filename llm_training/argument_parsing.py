@@ -1,50 +1,47 @@
-"""Arguments from files and flags, with everything that is wrong with them in one report.
+"""Arguments from files, flags and earlier runs, with all that is wrong with them in one report.
 
-Reading takes three steps: files and flags become values, each converted by the type hint of its
-field (`_convert`); the values are held against their ranges, each other, the disk, the machine and
-the launch (`find_problems`); what was left open is derived (`_derived`). Only then is
-`HfArgumentParser` imported, which makes the objects: `--help` and mistakes need the standard
-library alone.
+Reading takes three steps: an earlier run, files and flags become values, each converted by the type
+hint of its field; the values are held against their ranges, each other, the disk, the machine and
+the launch (`find_problems`); what was left open is derived. Only then is `HfArgumentParser`
+imported, which makes the objects: `--help`, `--show_arguments` and mistakes need the standard
+library alone, and YAML files PyYAML.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import os
 import re
 import sys
-import sysconfig
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from arguments import (
-    GROUPS,
-    KINDS,
-    SOURCE_ARGUMENTS,
-    Arguments,
-    Kind,
-    describe,
-    resolve_batch_sizes,
-)
-from llm_training.argument_checks import find_problems, names_in, shown
-from llm_training.launch_settings import LaunchSettings, read_launch_settings
+from arguments import GROUPS, KINDS, Arguments, describe, resolve_batch_sizes
+from llm_training.argument_checks import SECRET, URL_LOGIN, find_problems, names_in, shown
+from llm_training.argument_files import Entry, Table, literal, plain, read_file, repeated
+from llm_training.argument_help import USAGE, help_text
+from llm_training.argument_values import file_value, flag_value
+from llm_training.earlier_run import EarlierRun, read_earlier_run
+from llm_training.foreign_names import explain
+from llm_training.launch_settings import LaunchSettings, read_launch_settings, shown_value
+from llm_training.resolved_arguments import LAUNCH, as_yaml, section_name
 
-USAGE = """\
-python train_llm.py [FILE.json ...] [--name value ...]
-       python train_llm.py train_configs/quickstart.json --learning_rate 1e-3
-       accelerate launch --config_file accelerate_configs/NAME.yaml train_llm.py FILE.json
-"""
-RULES = """\
-Flags win over files, and later files over earlier ones. --name alone means true and --no_name
-false; null empties what may be null; ${NAME} in a text is the environment's NAME, and ~/ at its
-start the home folder.
-"""
 HINT = "All arguments: python train_llm.py --help"
 FLAG = "command line"
+DEFAULT = "default"
+
+# A section may be called by the whole name of its group, too.
+SECTIONS = {
+    name: section_name(group)
+    for group in GROUPS
+    for name in (section_name(group), group._argument_group_name.replace(" ", "_"))
+}
+SECTION_OF = {
+    field.name: section_name(group) for group in GROUPS for field in dataclasses.fields(group)
+}
 
 
 class ArgumentProblems(ValueError):
@@ -58,36 +55,85 @@ class ArgumentProblems(ValueError):
 
 
 class Setting(NamedTuple):
-    """What was given for an argument, and where: JSON from a file, or the words of a flag."""
+    """What was given for an argument, and where: plain values, or the words of a flag."""
 
     origin: str
     value: Any
+
+
+class Derived(NamedTuple):
+    """What follows for an argument that null left open, and from what."""
+
+    value: Any
+    origin: str
+
+
+class Resolution(NamedTuple):
+    """What came of reading.
+
+    Attributes:
+        arguments: with their origins; where there are problems, as far as they could be read.
+        problems: everything that is wrong with them.
+        is_shown: whether `--show_arguments` was given.
+        earlier: the run that is run again, if any.
+    """
+
+    arguments: Arguments
+    problems: list[str]
+    is_shown: bool
+    earlier: EarlierRun | None
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
     """The arguments of this run, from the words behind the script's name; rank 0 does the talking.
 
     Raises:
-        SystemExit: 0 after `--help`; 2 after a report of all problems on stderr.
+        SystemExit: 0 after `--help` or `--show_arguments`; 2 after a report of all problems on
+            stderr.
     """
     is_first = (os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0") == "0"
     if "--help" in argv or "-h" in argv:
-        if is_first:
-            print(help_text(), end="")
+        _say(help_text(), is_first)
         raise SystemExit(0)
-    try:
-        if argv:
-            return read_arguments(argv)
-        report = f"usage: {USAGE}{HINT}"
-    except ArgumentProblems as problems:
-        report = str(problems)
+    if not argv:
+        _say(f"usage: {USAGE}{HINT}\n", is_first, is_error=True)
+        raise SystemExit(2)
+    found = resolve_arguments(argv)
+    if found.is_shown:
+        _say(as_yaml(found.arguments), is_first)
+    if found.problems:
+        _say(f"{ArgumentProblems(found.problems)}\n", is_first, is_error=True)
+        raise SystemExit(2)
+    if found.is_shown:
+        raise SystemExit(0)
+    if found.earlier:
+        place = f"{found.arguments.run_name} in {found.arguments.output_dir}"
+        _say(f"Again    {found.earlier.name}, now as {place}\n", is_first)
+    return _build(found.arguments)
+
+
+def _say(text: str, is_first: bool, *, is_error: bool = False) -> None:
+    stream = sys.stderr if is_error else sys.stdout
+    if isinstance(stream, TextIOWrapper):  # where a locale has no such character
+        stream.reconfigure(errors="backslashreplace")
     if is_first:
-        print(report, file=sys.stderr)
-    raise SystemExit(2)
+        print(text, end="", file=stream, flush=True)
 
 
 def read_arguments(argv: Sequence[str], num_processes: int | None = None) -> Arguments:
-    """Arguments from JSON files and flags, checked and completed.
+    """Arguments from files and flags, checked and completed; the values are `resolve_arguments`'s.
+
+    Raises:
+        ArgumentProblems: with all that is wrong.
+    """
+    found = resolve_arguments(argv, num_processes)
+    if found.problems:
+        raise ArgumentProblems(found.problems)
+    return _build(found.arguments)
+
+
+def resolve_arguments(argv: Sequence[str], num_processes: int | None = None) -> Resolution:
+    """Arguments from files and flags, with their origins and all that is wrong with them.
 
     Args:
         argv: argument files, of which later ones win, then flags, which win over all files.
@@ -95,10 +141,8 @@ def read_arguments(argv: Sequence[str], num_processes: int | None = None) -> Arg
             started, and what the launcher says is checked too.
 
     Returns:
-        The arguments with run_name, output_dir and the three batch sizes resolved.
-
-    Raises:
-        ArgumentProblems: with all that is wrong.
+        The arguments; where nothing is wrong, run_name, output_dir and the three batch sizes are
+        resolved. They hold neither from_run nor show_arguments, on which nothing of a run depends.
     """
     launch = LaunchSettings(num_processes=num_processes or 1)
     if num_processes is None:
@@ -113,15 +157,34 @@ def read_arguments(argv: Sequence[str], num_processes: int | None = None) -> Arg
         except ValueError as error:
             unread.append(f"argument file {path}: {error}")
     settings |= _flag_settings(flags, problems)
-    arguments = Arguments(**_values(settings, problems))
+    values = _values(settings, problems)
+    is_shown, wish = values.pop("show_arguments", False), values.pop("from_run", None)
+    earlier = None
+    if wish is not None:
+        try:
+            earlier = read_earlier_run(wish, values.get("tracking_uri"))
+            below = _earlier_settings(earlier, values, launch.data_parallel_size, problems)
+            settings, values = below | settings, _values(below, problems) | values
+        except ValueError as error:
+            unread.append(f"from_run ({settings['from_run'].origin}): {error}")
+    given = {name: settings[name].origin for name in settings}
+    arguments = Arguments(**values).with_origins(given)
 
     # What has no good value, or may have one in a file that could not be read, is not judged.
     doubtful = names_in(*problems) | (KINDS.keys() - settings.keys() if unread else set())
+    # Where a value holds a secret, that is told alone: the other rules would repeat the value.
     rules = find_problems(arguments, launch)
+    rules = [text for text in rules if not (SECRET.search(text) or URL_LOGIN.search(text))]
     rules = [_with_origins(text, settings) for text in rules if not names_in(text) & doubtful]
-    if problems := unread + problems + rules:
-        raise ArgumentProblems(problems)
-    return _build(describe(arguments) | _derived(arguments, paths, launch.data_parallel_size))
+    problems = unread + problems + rules
+    derived = {} if problems else _derived(arguments, paths, launch.data_parallel_size, earlier)
+    changes = {name: value for name, (value, _) in derived.items()}
+    origins = _origins(settings, values, derived) | _launch_origins(launch)
+    resolved = dataclasses.replace(arguments, **changes).with_origins(origins)
+    return Resolution(resolved, problems, is_shown, earlier)
+
+
+# ----------------------------------------------------------------------------- what was given
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -138,32 +201,62 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, list[str]]]]
 
 
 def _file_settings(path: str, problems: list[str]) -> dict[str, Setting]:
-    try:
-        text = Path(path).read_text("utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"{error.strerror}; name a JSON file, or write --name value") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text ({error}); save it as UTF-8") from None
-    values, repeated = _load_json(text)
-    if not isinstance(values, dict):
-        raise ValueError(f'holds {shown(values)}, not one object {{"name": value, ...}}')
-    problems += [f"{name} ({path}): the key stands twice; keep one" for name in repeated]
-    problems += [_unknown_name(name, path) for name in values if name not in KINDS]
-    return {name: Setting(path, value) for name, value in values.items() if name in KINDS}
+    """What a file sets.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    table = read_file(path)
+    if not isinstance(table, Table):
+        raise ValueError(f'holds {shown(plain(table))}, not one object {{"name": value, ...}}')
+    entries = Table(_without_sections(table, path, problems))
+    for key, first, second in repeated(entries):
+        if key in KINDS:
+            problems.append(_stands_twice(key, path, first, second))
+    settings = {}
+    for name, line, given in entries:
+        origin = f"{path} line {line}"
+        try:
+            value = plain(given)
+        except ValueError as error:
+            problems.append(f"{name} ({origin}): {error}")
+            continue
+        if name in KINDS:
+            settings[name] = Setting(origin, value)
+        else:
+            problems.append(_unknown_name(name, origin, value))
+    return settings
 
 
-def _load_json(text: str) -> tuple[Any, list[str]]:
-    """The value of a JSON text, and the keys that stand twice in one of its objects."""
-    repeated: list[str] = []
+def _without_sections(table: Table, path: str, problems: list[str]) -> Iterator[Entry]:
+    """The entries of a table and of its sections; a section may be empty."""
+    for key, first, second in repeated(table):
+        if key not in KINDS:  # of arguments it is told together with those in sections
+            problems.append(_stands_twice(key, path, first, second))
+    for entry in table:
+        key, line, value = entry
+        section = SECTIONS.get(key.replace(" ", "_"))
+        if section is None:
+            yield entry
+        elif isinstance(value, Table):
+            yield from _of_section(section, value, path, problems)
+        elif value is not None:
+            advice = f"write the arguments of the group {key} in it"
+            problems.append(f"{key} ({path} line {line}): is a section, not a value; {advice}")
 
-    def build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        repeated.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        return dict(pairs)
 
-    try:
-        return json.loads(text, object_pairs_hook=build_object), repeated
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON: {error}") from None
+def _stands_twice(key: str, path: str, first: int, second: int) -> str:
+    return f"{key} ({path} line {first} and line {second}): the key stands twice; keep one"
+
+
+def _of_section(section: str, table: Table, path: str, problems: list[str]) -> Iterator[Entry]:
+    for entry in table:
+        own = SECTION_OF.get(entry.key, section)
+        if own == section:
+            yield entry
+        else:
+            place = f"{entry.key} ({path} line {entry.line})"
+            problems.append(f"{place}: stands in section {section}, but belongs to {own}; move it")
 
 
 def _flag_settings(flags: list[tuple[str, list[str]]], problems: list[str]) -> dict[str, Setting]:
@@ -173,7 +266,8 @@ def _flag_settings(flags: list[tuple[str, list[str]]], problems: list[str]) -> d
         if name != positive and positive in KINDS and KINDS[positive].type is bool:
             name, words = positive, ["false", *words]
         if name not in KINDS:
-            problems.append(_unknown_name(name, FLAG))
+            value = [literal(word) for word in words]
+            problems.append(_unknown_name(name, FLAG, value[0] if len(value) == 1 else value))
         elif name in settings:
             problems.append(f"{name} ({FLAG}): given twice; keep one")
         else:
@@ -181,7 +275,19 @@ def _flag_settings(flags: list[tuple[str, list[str]]], problems: list[str]) -> d
     return settings
 
 
-def _unknown_name(name: str, origin: str) -> str:
+def _earlier_settings(
+    earlier: EarlierRun, values: Mapping[str, Any], num_processes: int, problems: list[str]
+) -> dict[str, Setting]:
+    """What the run that is run again leaves to this one, below the `values` that are given."""
+    origin = f"run {earlier.name}"
+    left = earlier.settings_below(values, num_processes)
+    problems += [_unknown_name(name, origin, left[name]) for name in left if name not in KINDS]
+    return {name: Setting(origin, value) for name, value in left.items() if name in KINDS}
+
+
+def _unknown_name(name: str, origin: str, value: Any) -> str:
+    if sentence := explain(name, value):  # another tool's name
+        return f"{name} ({origin}): no such argument; {sentence}"
     close = difflib.get_close_matches(name, KINDS, n=3)
     advice = f"did you mean {' or '.join(close)}?" if close else "--help lists all"
     return f"{name} ({origin}): no such argument; {advice}"
@@ -192,143 +298,14 @@ def _values(settings: Mapping[str, Setting], problems: list[str]) -> dict[str, A
     values = {}
     for name, (origin, given) in settings.items():
         try:
-            value = _expanded(given)
-            if origin == FLAG:
-                value = _flag_value(name, value)
-            converted = _convert(KINDS[name], value)
-            values[name] = _mixture(converted) if name == "train_mixture" else converted
+            is_flag = origin == FLAG
+            values[name] = flag_value(name, given) if is_flag else file_value(name, given)
         except ValueError as error:
             problems.append(f"{name} ({origin}): {error}")
     return values
 
 
-def _expanded(value: Any) -> Any:
-    """`value` with `${NAME}` replaced in its texts, and a ~/ at their start by the home folder."""
-    if isinstance(value, list):
-        return [_expanded(element) for element in value]
-    if isinstance(value, dict):
-        return {key: _expanded(element) for key, element in value.items()}
-    if not isinstance(value, str):
-        return value
-    if value.startswith("~/"):
-        value = os.path.expanduser(value)
-    known = {**os.environ, "PYTHON_STDLIB": sysconfig.get_path("stdlib")}
-    try:
-        return re.sub(r"\$\{([A-Za-z_]\w*)\}", lambda match: known[match[1]], value)
-    except KeyError as error:
-        raise ValueError(f"{shown(value)}: set {error.args[0]} in the environment") from None
-
-
-def _flag_value(name: str, words: list[str]) -> Any:
-    """The words behind a flag as a JSON file would hold them."""
-    kind = KINDS[name]
-    if not words:
-        if kind.type is bool:
-            return True
-        raise ValueError(f"no value; write --{name} VALUE, or --{name}=VALUE if it has dashes")
-    is_null = words[0].lower() in ("null", "none") and words[0] not in kind.choices
-    if is_null and len(words) == 1 and (kind.nullable or kind.type in (list, dict)):
-        return None
-    if kind.type is list:
-        return words
-    if len(words) > 1:
-        raise ValueError(f"takes one value, not {len(words)}: {' '.join(words)}")
-    if kind.type is dict:
-        return _overrides(words[0])
-    return words[0] if kind.type is str else _literal(words[0])
-
-
-def _literal(word: str) -> Any:
-    """A word as JSON would read it: a number, true, false or null, and else text."""
-    if re.fullmatch(r"[-+]?[0-9]{1,4000}", word):  # Python refuses longer ones
-        return int(word)
-    if re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?", word):
-        return float(word)
-    return {"true": True, "false": False, "null": None, "none": None}.get(word.lower(), word)
-
-
-def _overrides(text: str) -> dict[str, Any]:
-    """The changes that `{"n_layer": 6, "n_embd": 384}` or `n_layer=6,n_embd=384` names."""
-    if text.lstrip().startswith("{"):
-        value, repeated = _load_json(text)
-    else:
-        pairs = [pair.split("=", 1) for pair in text.split(",")]
-        if not all(len(pair) == 2 and all(pair) for pair in pairs):
-            raise ValueError(f"takes a JSON object or n_layer=6,n_embd=384, not {shown(text)}")
-        value = {key: _literal(word) for key, word in pairs}
-        repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-    if repeated:
-        raise ValueError(f"the key {repeated[0]} stands twice; keep one")
-    return value
-
-
-def _convert(kind: Kind, value: Any) -> Any:
-    """`value`, as JSON holds it, as the argument takes it; nothing is guessed, but 1 may be 1.0.
-
-    Raises:
-        ValueError: it does not fit; the message says what does and what to write.
-    """
-    if value is None and (kind.nullable or kind.type in (list, dict)):
-        return None if kind.nullable else kind.type()
-    if kind.type is list and isinstance(value, (str, list)):
-        elements = value if isinstance(value, list) else [value]
-        return [_convert(kind._replace(type=str), element) for element in elements]
-    fits = type(value) is kind.type  # not isinstance, by which True is an int
-    if kind.type is float:
-        fits = type(value) in (int, float) and abs(value) <= sys.float_info.max  # nor NaN
-    elif kind.type is dict:
-        fits = fits and _is_finite(value)
-    elif kind.type is str:
-        fits = fits and value != "" and (not kind.choices or value in kind.choices)
-    if not fits:
-        raise ValueError(f"takes {kind.form}, not {shown(value)}{_advice(kind, value)}")
-    return float(value) if kind.type is float else value
-
-
-def _mixture(sources: dict[str, Any]) -> dict[str, Any]:
-    """The sources of `train_mixture`, each as its own arguments take it.
-
-    Raises:
-        ValueError: with the first that does not fit.
-    """
-    kinds = {name: KINDS[name] for name in SOURCE_ARGUMENTS} | {"weight": Kind(float, False, ())}
-    converted = {}
-    for source, settings in sources.items():
-        if not isinstance(settings, dict):
-            example = '{"train_file": "folder", "weight": 1}'
-            raise ValueError(f"{source} takes an object like {example}, not {shown(settings)}")
-        converted[source] = {"weight": 1.0}
-        for name, value in settings.items():
-            if name not in kinds:
-                close = difflib.get_close_matches(name, kinds, n=1)
-                advice = f"did you mean {close[0]}?" if close else f"it may set {', '.join(kinds)}"
-                raise ValueError(f"{source} cannot set {name}; {advice}")
-            try:
-                converted[source][name] = _convert(kinds[name], value)
-            except ValueError as error:
-                raise ValueError(f"{source}, {name} {error}") from None
-    return converted
-
-
-def _is_finite(value: dict[str, Any]) -> bool:
-    try:
-        return bool(json.dumps(value, allow_nan=False))
-    except ValueError:
-        return False
-
-
-def _advice(kind: Kind, value: Any) -> str:
-    """What to write in place of a value that does not fit, where one can tell."""
-    if kind.type is int and isinstance(value, float) and value.is_integer():
-        return f"; write {int(value)}"
-    if kind.type in (bool, int, float) and type(value) is str and type(_literal(value)) is not str:
-        return "; write it without quotes"
-    if kind.type is str and type(value) in (bool, int, float):
-        return "; write it in quotes"
-    if value == "":
-        return "; give one, or leave the argument out"
-    close = difflib.get_close_matches(str(value), kind.choices, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+# ----------------------------------------------------------------------------- what follows
 
 
 def _with_origins(text: str, settings: Mapping[str, Setting]) -> str:
@@ -337,52 +314,86 @@ def _with_origins(text: str, settings: Mapping[str, Setting]) -> str:
     return f"{text} ({origins})" if origins else text
 
 
-def _derived(arguments: Arguments, paths: Sequence[str], num_processes: int) -> dict[str, Any]:
+def _derived(
+    arguments: Arguments, paths: Sequence[str], num_processes: int, earlier: EarlierRun | None
+) -> dict[str, Derived]:
     """The arguments that null leaves open and that follow from the others."""
     sizes = resolve_batch_sizes(arguments, num_processes)
-    folder = Path(os.path.abspath(arguments.output_dir)).name if arguments.output_dir else ""
-    run_name = arguments.run_name or (Path(paths[-1]).stem if paths else folder) or "run"
-    return {
-        "run_name": run_name,
-        "output_dir": arguments.output_dir or f"runs/{run_name}",
+    resolved = {
         "per_device_train_batch_size": sizes.per_device,
         "gradient_accumulation_steps": sizes.accumulation,
         "global_batch_size": sizes.global_batch,
     }
+    given = [name for name in resolved if getattr(arguments, name) is not None]
+    processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
+    origin = f"derived from {' and '.join([*given, processes])}"
+    found = {name: Derived(size, origin) for name, size in resolved.items() if name not in given}
+
+    run_name, output_dir = arguments.run_name, arguments.output_dir
+    parent = Path(earlier.output_dir).parent if earlier else Path("runs")
+    if run_name is None:
+        name, origin = _name_of_run(output_dir, paths, earlier)
+        run_name = name
+        found["run_name"] = Derived(name, origin)
+    if output_dir is None:
+        found["output_dir"] = Derived(str(parent / run_name), "derived from run_name")
+    return found
 
 
-def _build(values: dict[str, Any]) -> Arguments:
+def _name_of_run(
+    output_dir: str | None, paths: Sequence[str], earlier: EarlierRun | None
+) -> tuple[str, str]:
+    """What a run without a name is called, and by what."""
+    folder = Path(os.path.abspath(output_dir)).name if output_dir else ""
+    if earlier and not folder:
+        return earlier.next_name, f"derived from run {earlier.name}"
+    if paths and not earlier and Path(paths[-1]).stem:
+        return Path(paths[-1]).stem, f"derived from {paths[-1]}"
+    return (folder, "derived from output_dir") if folder else ("run", DEFAULT)
+
+
+def _origins(
+    settings: Mapping[str, Setting], values: Mapping[str, Any], derived: Mapping[str, Derived]
+) -> dict[str, str]:
+    """Where each argument has its value from, in the order of the groups."""
+    origins = {}
+    for name in SECTION_OF:
+        origin = DEFAULT
+        if name in derived:
+            origin = derived[name].origin
+        elif name in values:
+            origin = settings[name].origin
+        elif name in settings and name not in ("from_run", "show_arguments"):
+            origin = f"{DEFAULT}, for {settings[name].origin} is refused"
+        origins[name] = origin
+    return origins
+
+
+def _launch_origins(launch: LaunchSettings) -> dict[str, str]:
+    """What the launcher and DeepSpeed's file decide beside the arguments, with where they do."""
+    said = {name: (given.value, given.says) for name, given in launch.given.items()}
+    if launch.num_processes > 1 or said:
+        _, says = said.get("num_processes", (0, "as this process was started"))
+        said = {"num_processes": (launch.num_processes, says)} | said
+        said["num_processes"] = (launch.num_processes, says)
+    for name, value in _flat(launch.deepspeed_config or {}):
+        said[name] = (value, str(launch.deepspeed_file))
+    return {
+        LAUNCH + name: f"{shown_value(value)}  # {says}" for name, (value, says) in said.items()
+    }
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _build(arguments: Arguments) -> Arguments:
     from transformers import HfArgumentParser  # 0.6 s, and needed only now
 
-    groups = HfArgumentParser(GROUPS).parse_dict(values)
-    return Arguments(**{name: value for group in groups for name, value in vars(group).items()})
-
-
-def help_text() -> str:
-    """What `--help` prints, as wide as the terminal."""
-    import argparse
-
-    defaults = describe(Arguments())
-    parser = argparse.ArgumentParser(usage=USAGE, description=RULES, add_help=False)
-    for group in GROUPS:
-        section = parser.add_argument_group(group._argument_group_name, group.__doc__)
-        for field in dataclasses.fields(group):
-            text = f"{field.metadata['help']} (default: {json.dumps(defaults[field.name])})"
-            form = KINDS[field.name].form
-            section.add_argument(f"--{field.name}", metavar=form, help=text)
-    return parser.format_help()
-
-
-def argument_table() -> str:
-    """The arguments in Markdown, a table for each group."""
-    defaults = describe(Arguments())
-    lines = []
-    for group in GROUPS:
-        lines += [f"### {group._argument_group_name.capitalize()}", "", str(group.__doc__), ""]
-        lines += ["| argument | takes | default | meaning |", "|---|---|---|---|"]
-        for field in dataclasses.fields(group):
-            code = (field.name, KINDS[field.name].form, json.dumps(defaults[field.name]))
-            cells = [*(f"`{text}`" for text in code), field.metadata["help"]]
-            lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
-        lines.append("")
-    return "\n".join(lines)
+    groups = HfArgumentParser(GROUPS).parse_dict(describe(arguments))
+    values = {name: value for group in groups for name, value in vars(group).items()}
+    return Arguments(**values).with_origins(arguments.origins)

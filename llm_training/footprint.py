@@ -12,6 +12,26 @@ Backend = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"]
 
 
 @dataclass(frozen=True)
+class StateParts:
+    """Bytes for each parameter on each process.
+
+    Attributes:
+        weights: those that are updated, and those that compute where they are others.
+        buffers: in which gradients travel.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    buffers: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.weights + self.gradients + self.optimizer + self.buffers
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """What of a model decides its needs.
 
@@ -46,20 +66,37 @@ def state_bytes_per_parameter(
         is_half: whether the forward pass computes in bf16 or fp16; the weights stay fp32.
         accumulates: whether a step has several micro-batches.
     """
-    n = processes
+    return state_parts(backend, processes, is_half=is_half, accumulates=accumulates).total
+
+
+def state_parts(
+    backend: Backend,
+    processes: int,
+    *,
+    is_half: bool = True,
+    accumulates: bool = False,
+    moments: float = 8.0,
+) -> StateParts:
+    """The same bytes by what they are for.
+
+    Args:
+        moments: bytes of an optimizer for each parameter, before they are cut in pieces: AdamW's
+            two in fp32 take 8.
+    """
+    n, computing = processes, 2 if is_half else 4  # DeepSpeed keeps weights to compute with
     match backend:
         case "single":
-            return 16.0
+            return StateParts(4, 4, moments)
         case "ddp":
-            return 20.0
+            return StateParts(4, 4, moments, buffers=4)
         case "fsdp":
-            return 4 + 12 / n if accumulates else 16 / n
+            return StateParts(4 / n, 4 if accumulates else 4 / n, moments / n)
         case "zero1":
-            return (4 if is_half else 8) + 12 / n
+            return StateParts(computing + 4 / n, computing, moments / n)
         case "zero2":
-            return 2 + 14 / n if is_half else 4 + 16 / n
+            return StateParts(computing + 4 / n, computing / n, moments / n)
         case "zero3":
-            return (16 if is_half else 20) / n
+            return StateParts((computing + 4) / n, computing / n, moments / n)
 
 
 def working_bytes(shape: ModelShape, backend: Backend, *, is_half: bool = True) -> float:
@@ -120,3 +157,11 @@ def exchanged_bytes(
             return share * (micro_batches * weights + weights)
         case "zero3":
             return share * micro_batches * 3 * weights
+
+
+def format_bytes(count: float) -> str:
+    """Bytes for the eye, in powers of ten: `950 kB`, `1.25 GB`, `139 GB`."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= 0.9995 * size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e3:.0f} kB"

@@ -1,6 +1,7 @@
 """The output folder: what lies where, and whose it is.
 
 - `arguments.json`: every argument of the run, readable again as an argument file
+- `arguments.yaml`: the same in sections, with where each value comes from
 - `ledger.json`: what became of every document and every token
 - `provenance.json`: data, sizes, hardware, versions and revision that it ran with
 - `train_log.jsonl`: one object a line: step, train/loss, ...
@@ -26,13 +27,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from arguments import Arguments, describe
+from arguments import Arguments
 from llm_training.durable import flush, write_json
+from llm_training.resolved_arguments import as_settings, as_yaml
 
 # How file systems say that they cannot lock.
 CANNOT_LOCK = frozenset({errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS})
-# These may differ between two starts of a run without being worth a word.
-NOT_WORTH_A_WORD = frozenset({"resume_from_checkpoint", "num_threads"})
+# These may differ between two starts of a run without being worth a word, or are told elsewhere.
+NOT_WORTH_A_WORD = frozenset(
+    {"resume_from_checkpoint", "allow_resume_change", "reset_optimizer", "num_threads"}
+)
 
 
 class OutputError(ValueError):
@@ -45,6 +49,7 @@ class OutputFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.arguments = self.path / "arguments.json"
+        self.arguments_with_origins = self.path / "arguments.yaml"
         self.provenance = self.path / "provenance.json"
         self.ledger = self.path / "ledger.json"
         self.log = self.path / "train_log.jsonl"
@@ -159,7 +164,8 @@ class OutputFolder:
 
     def artifacts(self) -> list[Path]:
         """What a tracker keeps of a run, beside its numbers, however it ends."""
-        files = [self.arguments, self.provenance, self.ledger, self.log]
+        files = [self.arguments, self.arguments_with_origins]
+        files += [self.provenance, self.ledger, self.log]
         return files + sorted(self.skipped.glob("*.json"))
 
     def changed_arguments(self, arguments: Arguments) -> dict[str, tuple[Any, Any]]:
@@ -170,7 +176,7 @@ class OutputFolder:
             return {}
         return {
             name: (old[name], new)
-            for name, new in describe(arguments).items()
+            for name, new in as_settings(arguments).items()
             if name in old and old[name] != new and name not in NOT_WORTH_A_WORD
         }
 
@@ -179,7 +185,10 @@ class OutputFolder:
     ) -> None:
         """Notes what the run is, and that it has not ended; before anything else is written."""
         self.result.unlink(missing_ok=True)
-        write_json(self.arguments, describe(arguments))
+        write_json(self.arguments, as_settings(arguments))
+        beside = self.arguments_with_origins.with_suffix(".tmp")
+        beside.write_text(as_yaml(arguments), encoding="utf-8")
+        os.replace(beside, self.arguments_with_origins)
         write_json(self.provenance, provenance)
         write_json(self.ledger, ledger)
 

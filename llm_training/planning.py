@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from arguments import BatchSizes, OptimizationArguments
 from llm_training.data.rows.mixture import MixtureRows
 from llm_training.data.rows.store_rows import Rows
+from llm_training.deadline import OPEN_STEPS, DeadlineState
 from llm_training.schedules import LearningRateSchedule
 
 
@@ -22,8 +24,11 @@ class Plan:
     Attributes:
         block_size: tokens of a row.
         rows: the rows of one epoch; None for a stream, whose length nobody knows.
-        total_steps: optimizer steps.
-        num_samples: rows of the whole run; the last step is shorter if they do not divide.
+        total_steps: optimizer steps; of a run that is limited by hours, as they are laid out by
+            now, `OPEN_STEPS` before anything is known.
+        num_samples: rows of the whole run; the last step is shorter if they do not divide. With
+            hours, it is those that `max_steps` would take, if given, else more than any run has.
+        hours: of training, where they limit the run.
     """
 
     batch: BatchSizes
@@ -32,6 +37,12 @@ class Plan:
     total_steps: int
     num_samples: int
     schedule: LearningRateSchedule
+    hours: float | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is not known yet how many steps the run has."""
+        return self.total_steps >= OPEN_STEPS
 
     @property
     def tokens_per_step(self) -> int:
@@ -46,19 +57,36 @@ class Plan:
         """The plan for a person, before the run begins."""
         batch = self.batch
         rows = f"{self.rows.num_rows:,}" if self.rows else "a stream"
-        epochs = f"{self.epoch(self.num_samples):.2f} epochs = " if self.rows else ""
         lines = [f"Rows     {rows} of {self.block_size} tokens"]
         if isinstance(self.rows, MixtureRows):
             parts = self.rows.describe(self.num_samples)
+            if self.is_open:
+                parts = [part.partition(" = ")[0] for part in parts]
             lines.append(f"Mixture  {'; '.join(parts)}")
         return [
             *lines,
             f"Batch    {batch.global_batch} rows = {batch.per_device} per device"
             f" x {batch.accumulation} accumulated x {batch.processes} processes"
             f" = {self.tokens_per_step:,} tokens a step",
-            f"Length   {self.total_steps:,} steps = {epochs}"
-            f"{self.num_samples * self.block_size:,} tokens",
+            f"Length   {self._length()}",
+            *self.rate_lines((0, self.schedule.warmup_steps, self.total_steps - 1)),
         ]
+
+    def rate_lines(self, steps: Sequence[int]) -> list[str]:
+        """The learning rate at these steps; nothing while it is not known how many there are."""
+        if self.is_open:
+            return []
+        rates = [f"{self.schedule.at(step):.2e} at step {step:,}" for step in sorted({*steps})]
+        return [f"Rate     {', '.join(rates)}"]
+
+    def _length(self) -> str:
+        if self.hours is None:
+            epochs = f"{self.epoch(self.num_samples):.2f} epochs = " if self.rows else ""
+            tokens = self.num_samples * self.block_size
+            return f"{self.total_steps:,} steps = {epochs}{tokens:,} tokens"
+        if self.is_open:
+            return f"{self.hours:g} hours of training: the steps are counted on the way"
+        return f"{self.hours:g} hours of training, or {self.total_steps:,} steps as it looks now"
 
 
 def make_plan(
@@ -70,18 +98,20 @@ def make_plan(
     done_steps: int = 0,
     done_samples: int = 0,
     decay_from: int | None = None,
+    laid: DeadlineState | None = None,
 ) -> Plan:
     """Lays the run out.
 
     Windows run on over the end of an epoch; only the last step of a run that is measured in
-    epochs can be short.
+    epochs can be short. A run that is limited by hours goes on through as many epochs as they hold.
 
     Args:
         rows: of one epoch; None for a stream.
         done_steps, done_samples: where a resumed run stands; its steps may have been of another
             size, and samples passed over.
         decay_from: step at which the decay of warmup-stable-decay begins, if that is sooner than
-            by the settings; the run ends with it.
+            by the settings; the run ends with it. With hours, `laid` tells it.
+        laid: with max_train_hours, how many steps were found to fit, and where the decay stands.
 
     Raises:
         PlanError: no row, or a schedule that does not fit into the steps.
@@ -92,7 +122,11 @@ def make_plan(
             f"The training data has {tokens:,} tokens and makes not one row of {block_size}. Give"
             " more text or a smaller --block_size."
         )
-    if arguments.max_steps is not None:
+    if arguments.max_train_hours is not None:
+        most_steps = arguments.max_steps or OPEN_STEPS
+        total_steps = min(most_steps, (laid and laid.total_steps) or OPEN_STEPS)
+        num_samples = done_samples + (most_steps - done_steps) * batch.global_batch
+    elif arguments.max_steps is not None:
         total_steps = arguments.max_steps
         num_samples = done_samples + (total_steps - done_steps) * batch.global_batch
     elif rows is not None:
@@ -101,7 +135,8 @@ def make_plan(
         total_steps = done_steps + math.ceil(left / batch.global_batch)
     else:
         raise PlanError("A stream has no end that is known beforehand: give --max_steps.")
-    if arguments.warmup_steps >= total_steps and arguments.warmup_steps > 0:
+    is_fixed = laid is None or laid.total_steps is None
+    if is_fixed and arguments.warmup_steps >= total_steps and arguments.warmup_steps > 0:
         raise PlanError(
             f"--warmup_steps {arguments.warmup_steps} leaves nothing of the {total_steps} steps of"
             " this run. Give fewer, or a longer run (--max_steps, --num_train_epochs)."
@@ -113,8 +148,9 @@ def make_plan(
         decay_steps=arguments.lr_decay_steps,
         total_steps=total_steps,
         min_ratio=arguments.min_lr_ratio,
+        anchor=laid.anchor if laid else None,
     )
-    if decay_from is not None:
+    if decay_from is not None and arguments.max_train_hours is None:
         schedule = schedule.decay_now(decay_from)
         total_steps = schedule.total_steps
         left = (total_steps - done_steps) * batch.global_batch
@@ -126,4 +162,5 @@ def make_plan(
         total_steps=total_steps,
         num_samples=num_samples,
         schedule=schedule,
+        hours=arguments.max_train_hours,
     )

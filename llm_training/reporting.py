@@ -16,23 +16,27 @@ from accelerate import Accelerator
 from llm_training.data import PreparedData
 from llm_training.data.rows.store_rows import Rows
 from llm_training.flops import model_flops_per_token, peak_flops
-from llm_training.launch import describe_threads
+from llm_training.launch import describe_threads, has_bf16
 from llm_training.model_state import StateForm
 from llm_training.modeling import CausalLMWithLoss, count_parameters
+from llm_training.resume_classes import effect_of_change
 
 
 def model_line(accelerator: Accelerator, network: CausalLMWithLoss) -> str:
     """What is trained, in which precision, on what."""
     parameters, outside_embeddings = count_parameters(network)
     device = accelerator.device.type
+    precision = precision_name(accelerator)
     if device == "cpu":
+        if precision == "bf16" and not has_bf16(device):
+            precision = "bf16 (emulated, slower than fp32)"
         device += f", {describe_threads()}"
     form = StateForm.of_run(accelerator)
     if form.backend != "single":
         device += f", {form}"
     return (
         f"Model    {network.config.model_type}, {parameters:,} parameters, {outside_embeddings:,}"
-        f" of them outside of embeddings; {precision_name(accelerator)} on {device}"
+        f" of them outside of embeddings; {precision} on {device}"
     )
 
 
@@ -60,11 +64,13 @@ def full_ledger(data: PreparedData, train: Rows | None, validation: Rows | None)
 
 
 def resume_lines(path: Path, step: int, changed: dict[str, tuple[Any, Any]]) -> list[str]:
-    """Where the run goes on, and with which other arguments than before."""
-    return [
-        f"Resume   from {path} at step {step:,}",
-        *(f"Changed  {n}: {old} at the last start, now {new}" for n, (old, new) in changed.items()),
-    ]
+    """Where the run goes on, with which other arguments than before, and what follows from them."""
+    lines = [f"Resume   from {path} at step {step:,}"]
+    for name, (old, new) in changed.items():
+        effect = effect_of_change(name)
+        said = f"Changed  {name}: {old} at the last start, now {new}"
+        lines.append(f"{said}: {effect}" if effect else said)
+    return lines
 
 
 def provenance(
@@ -79,12 +85,12 @@ def provenance(
         "num_parameters": parameters,
         "num_parameters_outside_embeddings": outside_embeddings,
         "flops_per_token": model_flops_per_token(network, network.config, block_size),
-        "device": device_name(accelerator),
+        "device_name": device_name(accelerator),
         "precision": precision_name(accelerator),
         "backend": StateForm.of_run(accelerator).backend,
         "zero_stage": StateForm.of_run(accelerator).zero_stage,
         "num_processes": accelerator.num_processes,
-        "num_threads": torch.get_num_threads(),
+        "threads_per_process": torch.get_num_threads(),
         "platform": platform.platform(),
         "python_version": platform.python_version(),
         "torch_version": torch.__version__,

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from numpy.typing import NDArray
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from arguments import Arguments, BatchSizes, describe, resolve_batch_sizes
 from llm_training.checkpointing import Checkpoint, CheckpointFolder, agree_on_checkpoint
+from llm_training.compiling import mark_graph_steps
 from llm_training.control_files import ControlFiles
 from llm_training.data import DataError
+from llm_training.data.rows.ahead import Windows
 from llm_training.data.rows.store_rows import Rows
-from llm_training.data.rows.streaming import StreamWindows
-from llm_training.data.rows.windows import TrainingWindows, train_rows
+from llm_training.data.rows.windows import train_rows
+from llm_training.deadline import OPEN_STEPS, Deadline, DeadlineState
 from llm_training.flops import utilization
 from llm_training.health import HealthMonitor, HealthState, Verdict
 from llm_training.launch import build_accelerator, seed_everything
-from llm_training.launch_settings import read_launch_settings
+from llm_training.launch_settings import LaunchSettings, read_launch_settings
 from llm_training.modeling import CausalLMWithLoss, model_fingerprint
+from llm_training.needs import estimate_needs
 from llm_training.network import build_network
 from llm_training.optim import build_optimizer, check_optimizer
 from llm_training.outputs import OutputFolder
@@ -31,15 +37,18 @@ from llm_training.reporting import (
     full_ledger,
     model_line,
     peak_of_all,
+    precision_name,
     provenance,
     resume_lines,
     row_lines,
 )
+from llm_training.resolved_arguments import as_settings
 from llm_training.run_data import build_data, build_validation, build_windows, try_document_mask
 from llm_training.state import TrainState
-from llm_training.stopping import Decision, StopRequest
+from llm_training.stopping import StopRequest
 from llm_training.throughput import Throughput
 from llm_training.tracking import Tracking, redact
+from llm_training.updates import UnseenStep
 
 
 @dataclass
@@ -56,7 +65,7 @@ class Run:
     network: PreTrainedModel
     optimizer: AcceleratedOptimizer
     tokenizer: PreTrainedTokenizerBase | None
-    windows: TrainingWindows | StreamWindows
+    windows: Windows
     validation: Rows | None
     checkpoints: CheckpointFolder
     checkpoint: Checkpoint | None
@@ -69,7 +78,9 @@ class Run:
     health: HealthMonitor
     request: StopRequest
     controls: ControlFiles
+    deadline: Deadline = field(default_factory=Deadline)
     stop: str | None = None  # why the run must end, once an evaluation was left for it
+    open_step: OpenStep | None = None  # the last one, while it is not known how it ended
 
 
 @dataclass(frozen=True)
@@ -77,21 +88,36 @@ class StepResult:
     """What came of one step, the same on every rank.
 
     Attributes:
-        loss_sum: summed loss in nats, of `num_tokens` predicted tokens.
+        loss_sum: in nats over all ranks.
         grad_norm: before clipping; NaN where it was not measured.
         is_applied: whether the weights were updated.
         verdict: why not, but for fp16's overflows.
         norms_by_layer: of the gradients, where the step was left out for them or its loss.
-        decision: what a signal or a person asked for meanwhile.
     """
 
     loss_sum: float
-    num_tokens: int
     grad_norm: float
     is_applied: bool
     verdict: Verdict
     norms_by_layer: dict[str, float]
-    decision: Decision
+
+
+@dataclass(frozen=True)
+class OpenStep:
+    """A step that has been given to the device.
+
+    Attributes:
+        first_sample: where it began in the data; `TrainState.samples` is where it ended.
+        sample_ids: (N,) int64, its rows over all ranks.
+        num_tokens: predicted tokens over all ranks.
+        outcome: how it ended, or what will tell.
+    """
+
+    first_sample: int
+    sample_ids: NDArray[np.int64]
+    num_tokens: int
+    learning_rate: float
+    outcome: StepResult | UnseenStep
 
 
 def build_run(
@@ -110,6 +136,7 @@ def build_run(
         raise DataError("There is no training data: give --train_file or --dataset_name.")
     validation = build_validation(arguments, accelerator, data, block_size, batch)
     state = checkpoint.read_state() if checkpoint else TrainState(seed=0)
+    state.deadline = deadline_of(state, arguments, batch, rows, block_size)
     plan = plan_from(state, arguments, batch, rows, block_size)
 
     drawn_seed = state.seed if checkpoint else None
@@ -126,12 +153,14 @@ def build_run(
         output.checkpoints,
         arguments.save_total_limit,
         identity=run_identity(plan, data_mark, network, seed),
-        about=redact(describe(arguments) | facts),
+        about=redact(facts | {"arguments": as_settings(arguments), "origins": arguments.origins}),
         is_async=arguments.async_save,
     )
     ledger = full_ledger(data, rows, validation)
     lines = [*data.lines(), *row_lines(rows, validation), model_line(accelerator, network)]
     lines += [*form_lines, *plan.lines()]
+    if accelerator.is_main_process:
+        lines += need_lines(accelerator, arguments, launch, config, plan, windows.document_mask)
     if checkpoint:
         allowed = checkpoints.check(checkpoint, plan.total_steps, arguments.allow_resume_change)
         changed = output.changed_arguments(arguments)
@@ -140,7 +169,8 @@ def build_run(
 
     request.check()
     model, optimizer = accelerator.prepare(network, optimizer)
-    limit_waiting(arguments.ddp_timeout)
+    mark_graph_steps(model, arguments)
+    limit_waiting(accelerator, arguments.ddp_timeout)
     try_document_mask(accelerator, model, network, windows, plan)
     if accelerator.is_main_process:
         output.write_opening(arguments, facts, ledger)
@@ -172,7 +202,44 @@ def build_run(
         health=build_health(arguments, state),
         request=request,
         controls=ControlFiles(output.path, say=accelerator.print),
+        deadline=Deadline.of_run(
+            arguments.max_train_hours,
+            state.deadline,
+            evaluates=validation is not None,
+            checkpoint_bytes=12 * facts["num_parameters"],  # weights and two moments, in fp32
+            model_bytes=4 * facts["num_parameters"],
+        ),
     )
+
+
+def need_lines(
+    accelerator: Accelerator,
+    arguments: Arguments,
+    launch: LaunchSettings,
+    config: PretrainedConfig,
+    plan: Plan,
+    document_mask: bool,
+) -> list[str]:
+    """What the run needs of memory and disk, and where it looks as if that were not there."""
+
+    def build(plain: Arguments, alone: LaunchSettings, own: PretrainedConfig) -> nn.Module:
+        return build_network(accelerator, plain, alone, own, plan.batch, plan.block_size)[0]
+
+    try:
+        needs = estimate_needs(
+            build,
+            arguments,
+            launch,
+            config,
+            plan,
+            device=accelerator.device,
+            precision=precision_name(accelerator),
+            document_mask=document_mask,
+        )
+    except Exception as error:  # an estimate must not keep a run from beginning
+        return [f"Memory   not estimated: {type(error).__name__}: {error}"]
+    problems = needs.problems(arguments, launch, accelerator.device.type)
+    return [*needs.lines(), *(f"WARNING: {problem}" for problem in problems)]
 
 
 def plan_from(
@@ -191,7 +258,30 @@ def plan_from(
         done_steps=state.step,
         done_samples=state.samples,
         decay_from=state.decay_from,
+        laid=DeadlineState.of(state.deadline),
     )
+
+
+def deadline_of(
+    state: TrainState,
+    arguments: Arguments,
+    batch: BatchSizes,
+    rows: Rows | None,
+    block_size: int,
+) -> dict[str, Any] | None:
+    """`TrainState.deadline` as it is now; hours that are new begin to count here.
+
+    A run that had no such limit before goes on with the rate at which it stands.
+    """
+    hours = arguments.max_train_hours
+    if hours is None or state.deadline is not None:
+        return state.deadline if hours is not None else None
+    new = DeadlineState(hours)
+    if state.step:
+        unlimited = dataclasses.replace(arguments, max_train_hours=None)
+        before = plan_from(state, unlimited, batch, rows, block_size)
+        new.anchor = before.schedule.laid_anew(state.step, OPEN_STEPS).anchor
+    return dataclasses.asdict(new)
 
 
 def open_output(

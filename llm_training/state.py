@@ -32,6 +32,7 @@ class TrainState:
         evals_without_better: evaluations in a row that did not beat it.
         evaluated_step: of the last evaluation that was done; -1: none.
         decay_from: step at which a person had the final decay begin; None: where it was planned.
+        deadline: what `Deadline` keeps, as plain values; None: there are no hours to keep to.
         health: what `HealthMonitor` keeps, as plain values.
         seed: of weights, order and dropout.
         logged_loss_sum, logged_tokens: loss in nats and predicted tokens since the last line of
@@ -51,6 +52,7 @@ class TrainState:
     evals_without_better: int = 0
     evaluated_step: int = -1
     decay_from: int | None = None
+    deadline: dict[str, Any] | None = None
     health: dict[str, Any] | None = None
     logged_loss_sum: float = 0.0
     logged_tokens: int = 0

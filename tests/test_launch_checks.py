@@ -558,7 +558,7 @@ def test_contradictions_stand_in_the_report(monkeypatch: pytest.MonkeyPatch) -> 
     max_steps, device, precision = caught.value.problems
     assert max_steps.startswith("max_steps=0")
     assert device.endswith("leave it out of the YAML (device: command line)")
-    assert precision.endswith("leave it out of the YAML (mixed_precision: run.json)")
+    assert precision.endswith("leave it out of the YAML (mixed_precision: run.json line 1)")
     # Given the number of processes, the launch is not asked.
     assert read_arguments(["run.json", *GOOD, "--device=cuda"], 3).global_batch_size == 24
 

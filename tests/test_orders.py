@@ -19,7 +19,7 @@ Train = Callable[..., Path]
 CHANGES: dict[str, Any] = {
     "max_steps": 12,
     "save_steps": None,
-    "eval_steps": 100,
+    "eval_steps": 12,
     "lr_scheduler_type": "warmup-stable-decay",
     "lr_decay_steps": 3,
     "sample_prompt": "Die",

@@ -55,7 +55,10 @@ def test_changed_arguments_are_named_with_both_values(tmp_path: Path) -> None:
     output = OutputFolder(tmp_path)
     assert output.changed_arguments(Arguments()) == {}
     output.write_opening(Arguments(learning_rate=0.1, num_threads=1), {}, {})
-    changed = output.changed_arguments(Arguments(learning_rate=0.2, num_threads=2))
+    told_elsewhere = {"allow_resume_change": ["seed"], "reset_optimizer": True}
+    changed = output.changed_arguments(
+        Arguments(learning_rate=0.2, num_threads=2, **told_elsewhere)
+    )
     assert changed == {"learning_rate": (0.1, 0.2)}
 
 

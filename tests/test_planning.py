@@ -9,7 +9,9 @@ from arguments import BatchSizes, OptimizationArguments
 from llm_training.data.rows.mixture import MixtureRows
 from llm_training.data.rows.store_rows import StreamRows
 from llm_training.data.tokens.token_store import TokenArray
+from llm_training.deadline import DeadlineState
 from llm_training.planning import Plan, PlanError, make_plan
+from llm_training.schedules import LearningRateSchedule
 
 BATCH = BatchSizes(per_device=2, accumulation=2, processes=2, global_batch=8)
 
@@ -97,3 +99,19 @@ def test_the_decay_can_begin_at_once() -> None:
     assert (late.schedule, late.num_samples) == (planned.schedule, planned.num_samples)
     cosine = plan(10_000, max_steps=20, decay_from=9)
     assert (cosine.total_steps, cosine.num_samples) == (20, 20 * 8)
+
+
+def test_hours_go_on_through_the_data_until_the_steps_are_known() -> None:
+    open_plan = plan(max_train_hours=2.0, num_train_epochs=1.0)
+    assert open_plan.is_open
+    assert open_plan.lines()[-1] == "Length   2 hours of training: the steps are counted on the way"
+    arguments = OptimizationArguments(max_train_hours=2.0, max_steps=900)
+    rows = StreamRows(TokenArray(np.zeros(403, np.uint16)), 4)
+    laid = DeadlineState(2.0, total_steps=500, anchor=(100, 0.25))
+    made = make_plan(arguments, BATCH, rows, 4, laid=laid, done_steps=100, done_samples=800)
+    assert (made.total_steps, made.num_samples, made.is_open) == (500, 900 * 8, False)
+    assert made.schedule.at(100) == LearningRateSchedule(
+        "cosine", arguments.learning_rate, 0, None, 400, 0.1
+    ).at(100)
+    assert make_plan(arguments, BATCH, None, 4).total_steps == 900
+    assert make_plan(OptimizationArguments(max_train_hours=2.0), BATCH, None, 4).is_open

@@ -44,10 +44,14 @@ def test_what_there_was_not_is_not_said() -> None:
     ]
 
 
-def test_a_resume_names_what_changed() -> None:
-    assert resume_lines(Path("c/step-1"), 1000, {"max_steps": (5, 9)}) == [
+def test_a_resume_names_what_changed_and_what_follows() -> None:
+    changed = {"learning_rate": (3e-4, 1e-4), "logging_steps": (10, 5), "train_file": ("a", "b")}
+    assert resume_lines(Path("c/step-1"), 1000, changed) == [
         "Resume   from c/step-1 at step 1,000",
-        "Changed  max_steps: 5 at the last start, now 9",
+        "Changed  learning_rate: 0.0003 at the last start, now 0.0001: the curve changes from here"
+        " on",
+        "Changed  logging_steps: 10 at the last start, now 5",
+        "Changed  train_file: a at the last start, now b: held against the checkpoint's data",
     ]
 
 

@@ -898,6 +898,7 @@ def test_the_progress_line() -> None:
     assert progress_line(12, 400, metrics, 112.0) == (
         "step  12/400 | loss 4.1234 | grad 0.81 | lr 9.8e-04 | 9.1k tokens/s | 1:52 left"
     )
+    assert progress_line(7, None, {}) == "step 7/?"
     assert progress_line(400, 400, {"train/loss": math.nan}) == "step 400/400 | loss nan"
 
 

@@ -53,11 +53,12 @@ def train(tmp_path: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     }
 
     def run(name: str = "run", code: int = 0, **changes: Any) -> Path:
-        file = tmp_path / f"{name}.json"
-        file.write_text(json.dumps(settings | changes))
+        base, file = tmp_path / "base.json", tmp_path / f"{name}.json"
+        base.write_text(json.dumps(settings))
+        file.write_text(json.dumps(changes))
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        assert train_llm.main(read_arguments([str(file)], 1)) == code
+        assert train_llm.main(read_arguments([str(base), str(file)], 1)) == code
         return tmp_path / "runs" / name
 
     return run

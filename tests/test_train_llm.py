@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_llm
+from llm_training import milestones
 from llm_training.argument_parsing import read_arguments
 from llm_training.checkpointing import CheckpointFolder
 from llm_training.checksums import file_note, new_checksum
@@ -136,15 +137,15 @@ def test_the_command_line_from_text_to_a_model(settings: dict, tmp_path: Path) -
 def die_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Lets a run end before that step, once, as by a broken machine."""
     left = [step]
-    step_as_it_is = train_llm.optimizer_step
+    step_as_it_is = train_llm.compute_gradients
 
-    def step_or_die(run: train_llm.Run, *args: Any) -> train_llm.StepResult:
+    def step_or_die(run: train_llm.Run, *args: Any) -> Any:
         if [run.state.step] == left:
             left.clear()
             raise RankError("the machine is gone")
         return step_as_it_is(run, *args)
 
-    monkeypatch.setattr(train_llm, "optimizer_step", step_or_die)
+    monkeypatch.setattr(train_llm, "compute_gradients", step_or_die)
 
 
 @pytest.mark.parametrize("stop_at", [3, 7])  # before the first checkpoint, and between two
@@ -315,9 +316,9 @@ def test_early_stopping_counts_on_over_a_resume(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([5.0, 4.0, 4.5, 4.6, 4.7, 4.8])
-    real = train_llm.evaluate
+    real = milestones.evaluate
     monkeypatch.setattr(
-        train_llm,
+        milestones,
         "evaluate",
         lambda *args, **named: real(*args, **named) | {"eval/loss": next(losses)},
     )
@@ -359,7 +360,7 @@ def test_a_model_folder_is_trained_on(train: Train, tmp_path: Path) -> None:
 def test_activations_computed_again_give_the_same_curve_with_dropout(
     train: Train, tmp_path: Path
 ) -> None:
-    same = {"max_steps": 4, "eval_steps": None}
+    same = {"max_steps": 4, "eval_steps": None, "save_steps": None}
     train(output_dir=str(tmp_path / "plain"), **same)
     train(output_dir=str(tmp_path / "again"), **same, gradient_checkpointing=True)
     for one, other in zip(read_log(tmp_path / "plain"), read_log(tmp_path / "again"), strict=True):

@@ -138,8 +138,8 @@ def _tell_overlap(train: list[SourceFile], validation: list[SourceFile], say: Sa
 def _take_or_build(recipe: Recipe, arguments: DataArguments, say: Say) -> Path:
     """The folder of the finished store."""
     key = recipe.key()
-    cache = Path(arguments.cache_dir).expanduser()
-    folder = cache / f"{_readable_name(arguments)}-{key[:12]}"
+    folder = _store_folder(key, arguments)
+    cache = folder.parent
     if not _is_whole(folder, key):
         lock = cache / f".{folder.name}.lock"
         with exclusive(lock, lambda: say(f"Another process is building {folder}; waiting")):
@@ -151,6 +151,17 @@ def _take_or_build(recipe: Recipe, arguments: DataArguments, say: Say) -> Path:
                 return folder
     say(f"Tokens: unchanged since they were made, taken from {folder}")
     return folder
+
+
+def is_stored(recipe: Recipe, arguments: DataArguments) -> bool:
+    """Whether the store of these settings is there already."""
+    key = recipe.key()
+    return _is_whole(_store_folder(key, arguments), key)
+
+
+def _store_folder(key: str, arguments: DataArguments) -> Path:
+    cache = Path(arguments.cache_dir).expanduser()
+    return cache / f"{_readable_name(arguments)}-{key[:12]}"
 
 
 def _readable_name(arguments: DataArguments) -> str:
