@@ -63,7 +63,7 @@ from llm_training.milestones import (
     save,
     speak,
 )
-from llm_training.mishaps import explain_out_of_memory, leave_out, pass_over
+from llm_training.mishaps import explain_out_of_memory, leave_out, pass_over, passed_position
 from llm_training.modeling import ModelError
 from llm_training.optim import OptimizerError, set_learning_rate
 from llm_training.outputs import OutputError, OutputFolder
@@ -275,7 +275,8 @@ def is_awaited(run: Run, decision: Decision) -> bool:
     arguments, step = run.arguments, run.state.step + 1
     intervals = (arguments.logging_steps, arguments.eval_steps, arguments.save_steps)
     is_something_due = any(is_due(step, n) for n in (*intervals, arguments.replica_check_steps))
-    return is_something_due or step >= run.plan.total_steps - 1
+    passes_over = passed_position(run) != run.state.samples
+    return is_something_due or passes_over or step >= run.plan.total_steps - 1
 
 
 def settle(run: Run) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,37 @@ __all__ = [
 RESUME_CHANGES = KINDS["allow_resume_change"].choices
 # Libraries read these without torch's `weights_only`.
 UNPICKLED = ("sharded", "deepspeed")
+
+
+def check_identity(
+    checkpoint: Checkpoint,
+    identity: Mapping[str, Any],
+    total_steps: int | None = None,
+    allowed: Sequence[str] = (),
+) -> list[str]:
+    """As `CheckpointFolder.check`, by the `identity` of the run that wants to go on."""
+    written = checkpoint.manifest["identity"]
+    differences = {
+        name: f"{name}: {written.get(name)} there, {value} here"
+        for name, value in identity.items()
+        if written.get(name) != value
+    }
+    if refused := [text for name, text in differences.items() if name not in allowed]:
+        can_be_allowed = differences.keys() <= {*RESUME_CHANGES}
+        names = " ".join(differences)
+        permit = f", or --allow_resume_change {names}" if can_be_allowed else ""
+        raise CheckpointError(
+            f"{checkpoint.path} belongs to another run ({'; '.join(refused)}). Give another"
+            " --output_dir or --run_name to start anew, or the settings of that run to go on"
+            f"{permit}."
+        )
+    if total_steps is not None and checkpoint.step > total_steps:
+        raise CheckpointError(
+            f"{checkpoint.path} is at step {checkpoint.step}, beyond the {total_steps} steps"
+            " asked for. Give a larger --max_steps to go on, or another --run_name or"
+            " --output_dir to start anew."
+        )
+    return [f"Allowed  {text}: the curve is another one from here" for text in differences.values()]
 
 
 class CheckpointFolder:
@@ -218,30 +249,7 @@ class CheckpointFolder:
             CheckpointError: it is of another model, other data, another seed, ..., with every
                 difference; or it lies beyond the `total_steps` asked for.
         """
-        written = checkpoint.manifest["identity"]
-        differences = {
-            name: f"{name}: {written.get(name)} there, {value} here"
-            for name, value in self.identity.items()
-            if written.get(name) != value
-        }
-        if refused := [text for name, text in differences.items() if name not in allowed]:
-            can_be_allowed = differences.keys() <= {*RESUME_CHANGES}
-            names = " ".join(differences)
-            permit = f", or --allow_resume_change {names}" if can_be_allowed else ""
-            raise CheckpointError(
-                f"{checkpoint.path} belongs to another run ({'; '.join(refused)}). Give another"
-                " --output_dir or --run_name to start anew, or the settings of that run to go on"
-                f"{permit}."
-            )
-        if total_steps is not None and checkpoint.step > total_steps:
-            raise CheckpointError(
-                f"{checkpoint.path} is at step {checkpoint.step}, beyond the {total_steps} steps"
-                " asked for. Give a larger --max_steps to go on, or another --run_name or"
-                " --output_dir to start anew."
-            )
-        return [
-            f"Allowed  {text}: the curve is another one from here" for text in differences.values()
-        ]
+        return check_identity(checkpoint, self.identity, total_steps, allowed)
 
     def set_aside_newer(self, checkpoint: Checkpoint) -> None:
         """Renames what lies beyond `checkpoint`: damaged, or a future this run will not have.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -189,7 +189,7 @@ class _LinearTokenLoss(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=torch.float32)
         correct = next_tokens.new_zeros(())
         matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
-        for places in _places(next_tokens).split(chunk_size):
+        for places in _places(next_tokens, chunk_size):
             targets = next_tokens[places, None]
             is_judged = targets != IGNORE_INDEX
             targets = targets.clamp(min=0)
@@ -226,16 +226,20 @@ class _LinearTokenLoss(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, *(None,) * 6
 
 
-def _places(next_tokens: Tensor) -> Tensor:
-    """The positions whose logits are computed, (P,) int64: on a CPU those with a target alone.
+def _places(next_tokens: Tensor, chunk_size: int) -> Iterable[Tensor | slice]:
+    """The positions whose logits are computed together: on a CPU of those with a target alone.
 
     How many these are a GPU would have to be asked, and the host would wait for all that it still
     has to do; there the logits of all positions are computed, and those without a target count
     nothing.
     """
     if next_tokens.device.type == "cpu":
-        return (next_tokens != IGNORE_INDEX).nonzero()[:, 0]
-    return torch.arange(len(next_tokens), device=next_tokens.device)
+        return (next_tokens != IGNORE_INDEX).nonzero()[:, 0].split(chunk_size)
+    return _slices(len(next_tokens), chunk_size)
+
+
+def _slices(length: int, chunk_size: int) -> list[slice]:
+    return [slice(start, start + chunk_size) for start in range(0, length, chunk_size)]
 
 
 def _slope_of_logits(log_probabilities: Tensor, targets: Tensor) -> Tensor:

@@ -106,6 +106,10 @@ def convert_file(path: str, tool: str | None = None) -> Converted:
         ForeignFileError: it cannot be read, or holds nothing that is known.
     """
     given, unread = _read(path)
+    if given and not tool and all(set(ends_of(place)) & KINDS.keys() for place in given):
+        raise ForeignFileError(
+            f"{path} is an argument file of train_llm.py already: python train_llm.py {path}"
+        )
     found = _named_tool(tool) if tool else _recognised(given, path)
     converted = Converted(found, left=[f"{name}: not read: {why}" for name, why in unread.items()])
     known: dict[str, tuple[str, ForeignName | None, Any]] = {}
@@ -122,8 +126,9 @@ def convert_file(path: str, tool: str | None = None) -> Converted:
     settings = {**found.defaults} | {name: value for name, (_, _, value) in known.items()}
     for name, (place, entry, value) in known.items():
         _take(converted, place, name, entry, value, settings)
+    unread_names = {end for place in unread for end in ends_of(place)}
     for name in found.defaults:
-        if name not in known:
+        if name not in known and name not in unread_names:
             _take_default(converted, name, settings)
     values = converted.values
     converted.values = {name: values[name] for name in DEFAULTS if name in values}
@@ -283,6 +288,8 @@ def _said(place: str, value: Any) -> str:
 
 
 def _write_new(path: Path, text: str) -> None:
+    if path.suffix != ".json":
+        raise ForeignFileError(f"--convert_to {path}: it will hold JSON, so name a .json file")
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from torch import nn
 from arguments import Arguments, resolve_batch_sizes
 from llm_training.argument_checks import masks_documents
 from llm_training.checkpoint_files import whole_ones
+from llm_training.checkpointing import check_identity
 from llm_training.data import DataError
 from llm_training.data.estimate import DataOutlook, prepare_or_estimate
 from llm_training.data.rows.store_rows import Rows
@@ -35,7 +37,12 @@ from llm_training.launch import (
 from llm_training.launch_checks import precision_conflict
 from llm_training.launch_settings import LaunchSettings, read_launch_settings
 from llm_training.memory_needs import backend_of
-from llm_training.modeling import count_parameters, fit_config, load_config
+from llm_training.modeling import (
+    count_parameters,
+    fit_config,
+    load_config,
+    model_fingerprint,
+)
 from llm_training.needs import estimate_needs
 from llm_training.network import build_network
 from llm_training.optim import block_matrices, check_optimizer, split_by_decay
@@ -98,9 +105,12 @@ def dry_run(arguments: Arguments, request: StopRequest) -> Plan | None:
     lines += model_lines(needs.network, config, f"{precision} on {device_type}{split_of(launch)}")
     lines += [*form, *optimizer_lines(needs.network, arguments)]
     lines += plan_lines(plan, needs.network, config, is_estimated=bool(outlook.estimated))
-    lines += [*needs.lines(), *resume_line(arguments)]
+    lines += needs.lines()
     print("\n".join(lines), flush=True)
-    if problems := [*needs.problems(arguments, launch, device_type), *folder_problems(arguments)]:
+    if unwritable := [*folder_problems(arguments)]:
+        raise PlanError("\n".join(unwritable))
+    print("\n".join(resume_lines(arguments, needs.network, plan)), flush=True)
+    if problems := [*needs.problems(arguments, launch, device_type)]:
         raise PlanError("\n".join(problems))
     return plan
 
@@ -186,6 +196,7 @@ def plan_lines(plan: Plan, network: nn.Module, config: Any, *, is_estimated: boo
         if not line.startswith("Rate"):
             yield line
     if plan.is_open:
+        yield "Rate     follows from the steps; --dry_run_steps 10 tells about how many fit"
         return
     last = plan.total_steps - 1
     points = (0, plan.schedule.warmup_steps, last // 2, 3 * last // 4, last)
@@ -201,13 +212,31 @@ def plan_lines(plan: Plan, network: nn.Module, config: Any, *, is_estimated: boo
     )
 
 
-def resume_line(arguments: Arguments) -> list[str]:
-    """Where the run would go on."""
-    folder = OutputFolder(str(arguments.output_dir)).checkpoints
-    newest = next(iter(whole_ones(folder)), None)
+def resume_lines(arguments: Arguments, network: nn.Module, plan: Plan) -> list[str]:
+    """Where the run would begin, or go on.
+
+    Raises:
+        OutputError, CheckpointError: what lies in the output folder is of something else.
+    """
+    output = OutputFolder(str(arguments.output_dir))
+    output.refuse_what_is_not_ours(start_anew=arguments.resume_from_checkpoint == "none")
+    newest = next(iter(whole_ones(output.checkpoints)), None)
     if newest is None or arguments.resume_from_checkpoint != "auto":
-        return []
-    return [f"Resume   from {newest.path} at step {newest.step:,}: only what is left is trained"]
+        return [f"Output   {output.path}"]
+    real = dataclasses.replace(arguments, dry_run=False, dry_run_steps=None)
+    if output.read_result() is not None and not output.changed_arguments(real):
+        return [f"Resume   not at all: {output.path} already holds this run, finished"]
+    identity = {  # but for the data, which may be estimated here
+        "model": model_fingerprint(network),
+        "block_size": plan.block_size,
+        "global_batch_size": plan.batch.global_batch,
+    }
+    if arguments.seed is not None:
+        identity["seed"] = arguments.seed
+    total_steps = None if plan.is_open else plan.total_steps
+    allowed = check_identity(newest, identity, total_steps, arguments.allow_resume_change)
+    where = f"Resume   from {newest.path} at step {newest.step:,}: only what is left is trained"
+    return [where, *allowed]
 
 
 def folder_problems(arguments: Arguments) -> Iterator[str]:
@@ -215,5 +244,11 @@ def folder_problems(arguments: Arguments) -> Iterator[str]:
     for name in ("output_dir", "cache_dir"):
         path = Path(str(getattr(arguments, name))).expanduser().absolute()
         parent = next(folder for folder in (path, *path.parents) if folder.exists())
-        if not (parent.is_dir() and os.access(parent, os.W_OK)):
-            yield f"--{name} {path} cannot be written: give a folder that this user may write to."
+        try:
+            tempfile.TemporaryFile(dir=parent).close()
+        except OSError as error:
+            reason = error.strerror or error
+            yield (
+                f"--{name} {path} cannot be written ({reason}): give a folder that this user may"
+                " write to."
+            )

@@ -65,8 +65,9 @@ def evaluate(
         batch = to_device(batch, accelerator.device)
         with split_positions(accelerator, batch) as share:
             batch_loss, batch_correct = model(**share, count_correct=bool(arguments.eval_metrics))
-        losses.append(batch_loss)
-        counts += [] if batch_correct is None else [batch_correct]
+        # Copies: where the model is a CUDA graph, its next pass writes over what it returned.
+        losses.append(batch_loss.clone())
+        counts += [] if batch_correct is None else [batch_correct.clone()]
     model.train()
     loss, correct = sum_over_ranks(accelerator, _sum(losses), _sum(counts))
     tokens = int(sum_over_data(accelerator, tokens)[0])

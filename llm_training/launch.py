@@ -321,6 +321,7 @@ def make_deterministic(device_type: str) -> None:
     """Lets torch choose algorithms that give the same bits each time; a CPU does so anyway."""
     if device_type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # which transformers reads
         torch.use_deterministic_algorithms(True, warn_only=True)
         # It would also write over all memory that is taken, so that what reads too early shows.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

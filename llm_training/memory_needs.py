@@ -216,7 +216,7 @@ def memory_problems(
             advice.append("more devices with accelerate_configs/fsdp.yaml")
         advice.append("a smaller model")
     yield (
-        f"Memory: each process needs about {format_bytes(needed)} of its {device_type}, and"
-        f" {format_bytes(free)} are free ({need.line(None).partition(': ')[2]}). Try"
+        f"Memory: each process needs about {format_bytes(needed)} of the {device_type}'s memory,"
+        f" and {format_bytes(free)} are free ({need.line(None).partition(': ')[2]}). Try"
         f" {', or '.join(advice)}."
     )

@@ -87,11 +87,17 @@ def go_back(run: Run) -> bool:
     return True
 
 
+def passed_position(run: Run) -> int:
+    """Where the next step reads: `TrainState.samples`, or behind samples to pass over."""
+    step_size, passed_over = run.plan.batch.global_batch, run.health.state.passed_over
+    return next_position(run.state.samples, step_size, passed_over)
+
+
 def pass_over(run: Run) -> None:
-    """Moves the run behind samples that it came back to pass over."""
-    state, step_size = run.state, run.plan.batch.global_batch
-    position = next_position(state.samples, step_size, run.health.state.passed_over)
+    """Moves the run behind samples that it came back to pass over; no step may be open then."""
+    state, position = run.state, passed_position(run)
     if position != state.samples:
+        assert run.open_step is None, "the plan counts the steps that are done"
         run.tracking.say(f"Passed over: samples {state.samples}-{position - 1}")
         state.samples = position
         make_plan_anew(run)

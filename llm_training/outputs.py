@@ -146,6 +146,14 @@ class OutputFolder:
             (self.path / ".write_probe").unlink()
         except OSError as error:
             raise self._cannot_write(error) from error
+        self.refuse_what_is_not_ours(start_anew=start_anew)
+
+    def refuse_what_is_not_ours(self, *, start_anew: bool) -> None:
+        """The same, for what lies in the folder; nothing is written.
+
+        Raises:
+            OutputError: it holds a run that is in the way, or files that no run of ours left.
+        """
         ours = (self.checkpoints, self.final, self.best, self.log, self.result)
         found = [path for path in ours if path.exists()]
         if self.arguments.exists():

@@ -73,10 +73,16 @@ class Plan:
         ]
 
     def rate_lines(self, steps: Sequence[int]) -> list[str]:
-        """The learning rate at these steps; nothing while it is not known how many there are."""
+        """The learning rate at these steps, from 0; nothing while the length is not known.
+
+        Of a schedule that was laid anew, only what comes after that is known. Told are the numbers
+        that the steps have in the log.
+        """
         if self.is_open:
             return []
-        rates = [f"{self.schedule.at(step):.2e} at step {step:,}" for step in sorted({*steps})]
+        first = self.schedule.anchor[0] if self.schedule.anchor else 0
+        known = sorted({max(step, first) for step in steps})
+        rates = [f"{self.schedule.at(step):.2e} at step {step + 1:,}" for step in known]
         return [f"Rate     {', '.join(rates)}"]
 
     def _length(self) -> str:

@@ -155,6 +155,17 @@ def _host_group(device_type: str) -> distributed.ProcessGroup | None:
     return _host_groups[world]
 
 
+def broadcast_batch(accelerator: Accelerator, batch: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """The batch of rank 0, on the hosts of all; every rank must call this, the others with None."""
+    if accelerator.num_processes == 1:
+        assert batch is not None
+        return batch
+    box: list[Any] = [batch]
+    group = _host_group(accelerator.device.type)
+    distributed.broadcast_object_list(box, src=0, group=group, device=torch.device("cpu"))
+    return dict(box[0])
+
+
 def agree_on_seed(seed: int | None) -> int:
     """The seed of the run: the one given, or one that rank 0 draws for all."""
     if seed is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from arguments import GROUPS, Arguments, describe
 
+BATCH_SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size")
 # In `Arguments.origins`, in front of the name of what the launcher decides: no argument.
 LAUNCH = "launch."
 # What a YAML file may not hold as it is, nor a terminal show.
@@ -46,6 +47,8 @@ def as_yaml(arguments: Arguments) -> str:
         for field in dataclasses.fields(group):
             line = f"  {field.name}: {_yaml(settings[field.name])}"
             origin = origins.get(field.name)
+            if field.name in BATCH_SIZES and (origin or "").startswith("derived"):
+                line = f"  # {line.strip()}"  # another number of processes derives another one
             lines.append(f"{line}  # {_printable(origin)}" if origin else line)
     launch = {name: text for name, text in origins.items() if name.startswith(LAUNCH)}
     if launch:

@@ -58,8 +58,8 @@ def read_step(run: Run, step: OpenStep) -> StepResult:
     """How a step ended; every rank must call this, and waits for its device where it must."""
     if isinstance(step.outcome, StepResult):
         return step.outcome
-    loss_sum, outcome = step.outcome.read()
-    verdict = run.health.judge(loss_sum / step.num_tokens, outcome.grad_norm)
+    loss_sum, loss, outcome = step.outcome.read()
+    verdict = run.health.judge(loss, outcome.grad_norm)
     assert verdict.is_ok == outcome.is_applied, "host and device judge by the same numbers"
     layers = {} if verdict.is_ok else step.outcome.norms_by_layer(run.accelerator)
     return StepResult(loss_sum, outcome.grad_norm, outcome.is_applied, verdict, layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from functools import partial
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -13,11 +13,11 @@ from arguments import Arguments, BatchSizes, holds_conversations
 from llm_training.data import DataError, PreparedData
 from llm_training.data.documents.stream_documents import DocumentStream, open_stream
 from llm_training.data.recipe import make_format
-from llm_training.data.rows.store_rows import Batch, Rows
+from llm_training.data.rows.store_rows import Rows
 from llm_training.data.rows.stream_blocks import BlockReader
 from llm_training.data.rows.streaming import StreamWindows, stream_validation
 from llm_training.data.rows.windows import RowSettings, row_settings
-from llm_training.ranks import data_parallel
+from llm_training.ranks import broadcast_batch, data_parallel
 from llm_training.state import TrainState
 
 
@@ -71,7 +71,7 @@ class TrainingStream:
             rank=rank,
             num_ranks=num_ranks,
             document_mask=self._settings.document_mask,
-            share=_share,
+            share=partial(broadcast_batch, self._accelerator),
             say=self._accelerator.print,
         )
 
@@ -92,7 +92,7 @@ def streamed_validation(
         data.tokenizer,
         _settings(arguments, block_size),
         num_rows,
-        share=_share,
+        share=partial(broadcast_batch, accelerator),
     )
 
 
@@ -111,8 +111,3 @@ def _open(arguments: Arguments, data: PreparedData, split: str) -> DocumentStrea
         revision=arguments.dataset_revision,
         skip_bad_documents=arguments.skip_bad_documents,
     )
-
-
-def _share(batch: Batch | None) -> Batch:
-    box: list[Any] = broadcast_object_list([batch])
-    return dict(box[0])

@@ -77,8 +77,13 @@ def trial_lines(measured: Measured, arguments: Arguments, plan: Plan) -> list[st
         f" (measured; {measured.num_steps} steps, median {measured.step:.3g} s, slowest"
         f" {measured.slowest:.3g} s)"
     ]
-    if plan.is_open:
-        return lines
+    if plan.hours is not None:
+        steps = 3600 * plan.hours / measured.step
+        return [
+            *lines,
+            f"Time     about {steps:,.0f} steps fit into {plan.hours:g} hours, less what saves and"
+            " evaluations take (from what was measured)",
+        ]
     num_saves = _times_due(plan.total_steps, arguments.save_steps)
     num_evaluations = 0
     if measured.evaluation is not None:

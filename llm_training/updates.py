@@ -117,8 +117,9 @@ class UnseenStep:
         """Begins to fetch the numbers.
 
         Args:
-            numbers: (3 + P,) float64 on the device: the summed loss, the gradient norm, whether the
-                step was applied, and the norm of what this rank holds of each of P gradients.
+            numbers: (4 + P,) float64 on the device: the summed and the mean loss, the gradient
+                norm, whether the step was applied, and the norm of what this rank holds of each of
+                P gradients.
             shares: of each gradient, its layer and what its squared norm is multiplied by.
         """
         self._shares = shares
@@ -130,21 +131,21 @@ class UnseenStep:
             self._event = torch.cuda.Event()
             self._event.record()
 
-    def read(self) -> tuple[float, StepOutcome]:
-        """The summed loss over all ranks, and how the step ended.
+    def read(self) -> tuple[float, float, StepOutcome]:
+        """The summed and the mean loss over all ranks, as the device has them, and the outcome.
 
         It waits for this step, not for what the device has been given since.
         """
         if self._event is not None:
             self._event.synchronize()
-        loss_sum, norm, is_applied = self._numbers[:3].tolist()
-        return loss_sum, StepOutcome(norm, bool(is_applied))
+        loss_sum, loss, norm, is_applied = self._numbers[:4].tolist()
+        return loss_sum, loss, StepOutcome(norm, bool(is_applied))
 
     def norms_by_layer(self, accelerator: Accelerator) -> dict[str, float]:
         """As `norms_by_layer`, of the gradients that this step had; every rank must call it."""
         self.read()
         squares: dict[str, float] = defaultdict(float)
-        for (layer, share), norm in zip(self._shares, self._numbers[3:].tolist(), strict=True):
+        for (layer, share), norm in zip(self._shares, self._numbers[4:].tolist(), strict=True):
             squares[layer] += norm**2 * share
         return _roots_of_sums(accelerator, squares)
 
@@ -157,7 +158,9 @@ def can_finish_unseen(accelerator: Accelerator, optimizer: AcceleratedOptimizer)
     """
     inner = optimizer.optimizer
     is_fused_adamw = isinstance(inner, torch.optim.AdamW) and bool(inner.defaults["fused"])
-    return accelerator.device.type == "cuda" and is_fused_adamw and accelerator.scaler is None
+    # With FSDP2's offloading the weights lie on the host, where the update is computed then.
+    are_on_gpu = inner.param_groups[0]["params"][0].device.type == "cuda"
+    return are_on_gpu and is_fused_adamw and accelerator.scaler is None
 
 
 def finish_step_unseen(
@@ -194,14 +197,16 @@ def finish_step_unseen(
     loss = loss_sum / num_tokens
     is_good = loss.isfinite() & (loss <= limits.loss)
     is_good &= norm.isfinite() & (norm <= limits.grad_norm)
-    numbers = torch.stack([loss_sum, norm, is_good.double()])
+    numbers = torch.stack([loss_sum, loss, norm, is_good.double()])
     unseen = UnseenStep(torch.cat([numbers, local_norms.double()]), _shares(accelerator, model))
     if max_norm is not None:
         _clip(parameters, max_norm, norm.float())
     inner: Any = optimizer.optimizer
     inner.found_inf = (~is_good).float()
-    optimizer.step()
-    inner.found_inf = None
+    try:
+        optimizer.step()
+    finally:
+        inner.found_inf = None
     optimizer.zero_grad()
     return unseen
 

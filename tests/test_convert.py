@@ -388,6 +388,30 @@ def test_a_missing_file_and_an_unknown_tool_are_refused(tmp_path: Path) -> None:
         convert_file(str(FOREIGN_FILES[0]), "zebra")
 
 
+def test_our_own_files_need_no_conversion(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"model_type": "gpt2", "max_steps": 3}))
+    with pytest.raises(ForeignFileError, match="is an argument file of train_llm"):
+        convert_file(str(path))
+
+
+def test_what_could_not_be_read_is_not_called_silent(tmp_path: Path) -> None:
+    path = tmp_path / "config.py"
+    path.write_text("block_size = int(64)\nmax_iters = 10\nn_layer = 2\n")
+    converted = convert_file(str(path))
+    assert "block_size" not in converted.values
+    assert any(text.startswith("block_size: not read") for text in converted.left)
+
+
+def test_json_is_written_into_json_files_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run.yaml"
+    nanogpt = str(ROOT / "tests/foreign_files/nanogpt.py")
+    assert convert_command(["--convert", nanogpt, "--convert_to", str(out)]) == 2
+    assert not out.exists() and "name a .json file" in capsys.readouterr().err
+
+
 def test_the_tool_can_be_named(tmp_path: Path) -> None:
     path = write(tmp_path, "a.yaml", "max_iters: 5\nbatch_size: 4\n")
     assert convert_file(path).values == {"max_steps": 5, "global_batch_size": 4}

@@ -134,3 +134,52 @@ def test_the_run_is_the_same_after_it(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("llm_training.run.need_lines", lambda *_: [])
     assert curve(train_small(place, "without")) == plain
     assert read_arguments(["settings.json"], 1).output_dir == "without"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": 7}, "belongs to another run (seed: 42 there, 7 here)"),
+        ({"block_size": 16}, "block_size: 32 there, 16 here)"),
+        ({"max_steps": 2, "save_steps": 2}, "is at step 4, beyond the 2 steps asked for"),
+        ({"resume_from_checkpoint": "none"}, "already holds a run"),
+    ],
+)
+def test_what_the_run_refuses_to_continue_is_refused(
+    changes: dict[str, Any],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    place = open_place(tmp_path, monkeypatch)
+    train_small(place)
+    before = {path: path.stat().st_mtime_ns for path in (place / "run").rglob("*")}
+    for dry in (True, False):
+        capfd.readouterr()
+        train_small(place, code=1, dry_run=dry, **changes)
+        assert said in capfd.readouterr().err
+        if dry:
+            after = {path: path.stat().st_mtime_ns for path in (place / "run").rglob("*")}
+            assert after == before
+
+
+def test_a_finished_run_and_a_strange_folder_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    place = open_place(tmp_path, monkeypatch)
+    train_small(place)
+    train_small(place, dry_run=True)
+    assert "run already holds this run, finished" in capfd.readouterr().out
+    (place / "run" / "arguments.json").unlink()
+    train_small(place, code=1, dry_run=True)
+    assert "but no arguments.json" in capfd.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_told_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    place = open_place(tmp_path, monkeypatch)
+    train_small(place, "/proc/no_run", code=1, dry_run=True)
+    message = capfd.readouterr().err
+    assert "--output_dir /proc/no_run cannot be written" in message and "free" not in message

@@ -289,11 +289,13 @@ def test_determinism_on_a_gpu_does_not_fill_memory(monkeypatch: pytest.MonkeyPat
         make_deterministic("cuda")
         assert torch.are_deterministic_algorithms_enabled()
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert os.environ["FLASH_ATTENTION_DETERMINISTIC"] == "1"
         assert not filling.fill_uninitialized_memory
     finally:
         torch.use_deterministic_algorithms(False)
         filling.fill_uninitialized_memory = True
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+        os.environ.pop("FLASH_ATTENTION_DETERMINISTIC", None)
 
 
 @pytest.mark.parametrize("is_asked", [True, False])

@@ -64,6 +64,7 @@ def test_one_process_sums_alone_and_works_at_once() -> None:
 ON_GPUS = """
 import sys
 from types import SimpleNamespace
+import torch
 from torch import distributed, device
 from torch.testing._internal.distributed import fake_pg
 from llm_training import ranks
@@ -73,7 +74,9 @@ rank, store = int(sys.argv[1]), distributed.FileStore(sys.argv[2], 2)
 distributed.init_process_group("fake", store=store, rank=rank, world_size=2)
 run = SimpleNamespace(num_processes=2, device=device("cuda"), parallelism_config=None)
 first = ranks.sum_over_ranks(run, rank + 0.5, 10.0)
-print(first, ranks.sum_over_ranks(run, 2.0**-52 + rank), distributed.get_backend())
+batch = {"input_ids": torch.tensor([[1, 2]])} if rank == 0 else None
+shared = ranks.broadcast_batch(run, batch)["input_ids"].tolist()
+print(first, ranks.sum_over_ranks(run, 2.0**-52 + rank), shared, distributed.get_backend())
 """
 
 
@@ -89,7 +92,7 @@ def test_the_numbers_of_hosts_do_not_pass_through_their_gpus(tmp_path: Path) -> 
         for rank in range(2)
     ]
     said = [process.communicate(timeout=120)[0] for process in started]
-    assert said == [f"[2.0, 20.0] [{1 + 2 * 2.0**-52}] fake\n"] * 2
+    assert said == [f"[2.0, 20.0] [{1 + 2 * 2.0**-52}] [[1, 2]] fake\n"] * 2
 
 
 def test_a_seed_is_drawn_where_none_is_given() -> None:

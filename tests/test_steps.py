@@ -108,15 +108,23 @@ def test_bad_steps_are_left_out_alike(
     assert names == sorted(path.name for path in (unseen / "skipped").iterdir())
 
 
+@pytest.mark.parametrize("save_steps", [5, 3])  # right before what is passed over, and earlier
+@pytest.mark.parametrize("length", [{}, {"max_steps": None, "num_train_epochs": 1.2}])
 def test_a_run_goes_back_alike(
-    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    length: dict[str, Any],
+    save_steps: int,
+    train: Train,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     spoil(monkeypatch, 28, 48)
-    seen = train("seen", max_rewinds=1)
+    changes = length | {"max_rewinds": 1, "save_steps": save_steps, "logging_steps": 20}
+    seen = train("seen", **changes)
     decide_on_the_device(monkeypatch)
-    unseen = train("unseen", max_rewinds=1)
+    unseen = train("unseen", **changes)
     said = capsys.readouterr().out
-    assert said.count("This run goes back to step 5.") == 2
+    # The third checkpoint of the second kind lies at step 6.
+    assert said.count(f"This run goes back to step {6 if save_steps == 3 else 5}.") == 2
     assert said.count("Passed over: samples 24-43") == 2
     assert_same(unseen, seen)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from llm_training.updates import (
     StepOutcome,
     backward,
+    can_finish_unseen,
     drop_gradients,
     finish_step,
     norms_by_layer,
@@ -176,3 +178,28 @@ def test_a_model_without_gradients_has_no_norm() -> None:
         setting.accelerator, setting.model, setting.optimizer, LIMIT, lambda norm: norm == 0
     )
     assert outcome == StepOutcome(0.0, is_applied=True)
+
+
+@pytest.mark.parametrize(
+    ("device", "place", "fused", "has_scaler", "can"),
+    [
+        ("cuda", "cuda", True, False, True),
+        ("cpu", "cpu", True, False, False),  # it has nothing else to do meanwhile
+        ("cuda", "cpu", True, False, False),  # FSDP2's offloading
+        ("cuda", "cuda", False, False, False),
+        ("cuda", "cuda", True, True, False),
+    ],
+)
+def test_where_the_device_may_decide(
+    device: str, place: str, fused: bool, has_scaler: bool, can: bool
+) -> None:
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], fused=fused)
+    weights = SimpleNamespace(device=torch.device(place))
+    optimizer.param_groups[0]["params"] = [weights]
+    accelerator: Any = SimpleNamespace(
+        device=torch.device(device), scaler=object() if has_scaler else None
+    )
+    wrapped: Any = SimpleNamespace(optimizer=optimizer)
+    assert can_finish_unseen(accelerator, wrapped) is can
+    wrapped.optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    assert not can_finish_unseen(accelerator, wrapped)

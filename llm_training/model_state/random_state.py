@@ -83,4 +83,6 @@ def restore_random_state(
     device = accelerator.device.type
     of_device = states.get(f"torch_{device}_manual_seed")
     if of_device is not None:
-        getattr(torch, device).set_rng_state_all(of_device)
+        # Of this process's device: there may be fewer of them here than there were.
+        index = accelerator.device.index or 0
+        getattr(torch, device).set_rng_state(of_device[min(index, len(of_device) - 1)], index)

@@ -163,7 +163,8 @@ def attempt_unseen(run: train_llm.Run, position: int, fault: str = "") -> Attemp
         num_tokens=num_tokens,
         limits=updates.Limits(math.inf, 0.0 if fault == "unwanted" else math.inf),
     )
-    return *step.read(), step.norms_by_layer(run.accelerator)
+    loss_sum, _, outcome = step.read()
+    return loss_sum, outcome, step.norms_by_layer(run.accelerator)
 
 
 def gradients(run: train_llm.Run, position: int, fault: str) -> tuple[Tensor, int]:
