@@ -158,9 +158,10 @@ def can_finish_unseen(accelerator: Accelerator, optimizer: AcceleratedOptimizer)
     """
     inner = optimizer.optimizer
     is_fused_adamw = isinstance(inner, torch.optim.AdamW) and bool(inner.defaults["fused"])
+    if accelerator.device.type != "cuda" or not is_fused_adamw or accelerator.scaler is not None:
+        return False
     # With FSDP2's offloading the weights lie on the host, where the update is computed then.
-    are_on_gpu = inner.param_groups[0]["params"][0].device.type == "cuda"
-    return are_on_gpu and is_fused_adamw and accelerator.scaler is None
+    return all(p.device.type == "cuda" for group in inner.param_groups for p in group["params"])
 
 
 def finish_step_unseen(
