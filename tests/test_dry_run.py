@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from pathlib import Path
@@ -183,3 +184,18 @@ def test_a_folder_that_cannot_be_written_is_told_as_such(
     train_small(place, "/proc/no_run", code=1, dry_run=True)
     message = capfd.readouterr().err
     assert "--output_dir /proc/no_run cannot be written" in message and "free" not in message
+
+
+def test_rates_are_told_by_the_numbers_of_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    place = open_place(tmp_path, monkeypatch)
+    folder = train_small(place, warmup_steps=2)
+    (line,) = lines_of(capfd.readouterr().out, "Rate")
+    told = dict(re.findall(r"(\S+) at step (\d+)", line))
+    logged = {
+        f"{entry['train/learning_rate']:.2e}": str(entry["step"])
+        for entry in curve(folder)
+        if "train/learning_rate" in entry
+    }
+    assert told and told.items() <= logged.items()

@@ -6,6 +6,7 @@ processes, are proven by `distributed/test_resume.py`.
 
 import json
 import os
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 
 from llm_training.checkpoint_files import check_owner
 from llm_training.checkpointing import CheckpointFolder, open_checkpoint
-from llm_training.model_state import CheckpointError, StateForm, is_converted
+from llm_training.model_state import CheckpointError, StateForm, is_converted, random_state
 from llm_training.model_state.form import on_main_process, plain_name
 from llm_training.model_state.live import LiveZero
 from llm_training.model_state.load import _fitting_optimizer
@@ -520,3 +521,25 @@ def test_a_form_is_what_the_manifest_keeps_of_it() -> None:
 )
 def test_what_needs_conversion(there: StateForm, here: StateForm, converted: bool) -> None:
     assert is_converted(there, here) is converted
+
+
+@pytest.mark.parametrize(("index", "num_there", "taken"), [(0, 8, 0), (3, 8, 3), (1, 1, 0)])
+def test_the_random_state_of_a_device_is_found_among_more_or_fewer(
+    index: int, num_there: int, taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that saw eight GPUs left a state for each; here it may see one."""
+    found: list[Any] = []
+    states = {
+        "random_state": random.getstate(),
+        "numpy_random_seed": np.random.get_state(),
+        "torch_manual_seed": torch.get_rng_state(),
+        "torch_cuda_manual_seed": list(range(num_there)),
+    }
+    monkeypatch.setattr(random_state, "is_same_split", lambda *_: True)
+    monkeypatch.setattr(random_state, "load", lambda _: states)
+    monkeypatch.setattr(random_state, "random_state_file", lambda _: "random_states_0.pkl")
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *given: found.append(given))
+    run: Any = SimpleNamespace(device=torch.device("cuda", index))
+    form: Any = None
+    random_state.restore_random_state(run, Path(), form, form, seed=0, step=0)
+    assert found == [(taken, index)]

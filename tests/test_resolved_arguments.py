@@ -196,6 +196,16 @@ def test_shown_arguments_run_again_as_they_are(capsys: pytest.CaptureFixture[str
     assert "\n  seed: 7  # saved.yaml line " in again
 
 
+def test_shown_arguments_run_on_another_number_of_processes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Sizes that were derived are shown, and derived anew; those that were given stay."""
+    out, _ = shown_by(write_good(), "--per_device_train_batch_size=4", capsys=capsys)
+    assert "\n  # global_batch_size: " in out and "\n  per_device_train_batch_size: 4" in out
+    again = read_arguments([write("saved.yaml", out)], 2)
+    assert (again.per_device_train_batch_size, again.global_batch_size) == (4, 8)
+
+
 def test_shown_arguments_come_before_what_is_wrong_with_them(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
