@@ -65,6 +65,12 @@ class DataArguments:
     validation_file: list[str] = arg(
         [], "Validation data, like train_file; null: split off the training data."
     )
+    validation_sets: dict[str, Any] = arg(
+        {},
+        "Further validation sets, each with its own curve: a JSON object that gives each a name,"
+        ' such as {"math": {"validation_file": "math.jsonl"}, ...}; what it does not set itself is'
+        " as above.",
+    )
     exclude_files: list[str] = arg(
         [], "Glob patterns of paths that folders and globs leave out, such as */site-packages/*."
     )
@@ -164,6 +170,41 @@ class DataArguments:
     )
     cache_dir: str = arg(
         "token_cache", "Folder for tokenized data, built once and used again by later runs."
+    )
+
+
+@dataclass
+class LoraArguments:
+    """Low-rank adapters (LoRA): a few small matrices are trained beside weights that stay."""
+
+    _argument_group_name = "LoRA"
+
+    lora_rank: int | None = arg(
+        None,
+        "Train adapters of this rank in place of the model's own weights, by the package peft;"
+        " null: train the weights.",
+    )
+    lora_alpha: float | None = arg(
+        None,
+        "The adapters' output is scaled by lora_alpha / lora_rank; null: twice the rank.",
+    )
+    lora_dropout: float = arg(0.0, "Dropout probability of what goes into the adapters, 0 to 1.")
+    lora_target_modules: list[str] = arg(
+        ["all-linear"],
+        "Modules that get an adapter, by the end of their names, such as q_proj v_proj; all-linear:"
+        " every linear layer but the head.",
+    )
+    lora_modules_to_save: list[str] = arg(
+        [], "Modules that are trained whole beside the adapters, by name, such as lm_head."
+    )
+    use_rslora: bool = arg(
+        False, "Scale by lora_alpha / sqrt(lora_rank): high ranks learn as fast as low ones."
+    )
+    use_dora: bool = arg(
+        False, "DoRA: learn the length of each weight column apart from its direction."
+    )
+    merge_adapter: bool = arg(
+        False, "Write final/ and best/ as plain models with the adapters added to the weights."
     )
 
 
@@ -306,7 +347,7 @@ class CheckpointArguments:
         " (/dev/shm). On one machine with Linux.",
     )
     save_best: bool = arg(
-        False, "Save a checkpoint whenever the validation loss is the lowest so far."
+        False, "Save a checkpoint whenever metric_for_best_model is the best so far."
     )
     resume_from_checkpoint: str = arg(
         "auto",
@@ -382,21 +423,46 @@ class EvaluationArguments:
         None, "Rows in one evaluation batch of one process; null: as in training."
     )
     eval_metrics: list[str] = arg(
-        [], "Metrics beside loss and perplexity: token_accuracy.", choices=("token_accuracy",)
+        ["perplexity", "bits_per_byte", "token_accuracy"],
+        "Metrics beside the loss: perplexity, bits_per_byte, token_accuracy, or what evaluate.load"
+        " takes: a name, or the path of a metric's Python file, fed with token ids.",
+    )
+    metric_for_best_model: str = arg(
+        "eval/loss",
+        "Metric that save_best and early stopping go by, as it is logged: eval/loss,"
+        " eval/math/loss (of the validation set math), eval/token_accuracy, ...",
+    )
+    greater_is_better: bool | None = arg(
+        None,
+        "Whether that metric should rise; null: not for a loss, perplexity and bits per byte, else"
+        " yes.",
     )
     eval_only: bool = arg(False, "Evaluate once, print the result and stop.")
     early_stopping_patience: int | None = arg(
-        None, "Stop after so many evaluations in a row without a better loss; null: never."
+        None, "Stop after so many evaluations in a row without a better result; null: never."
     )
     early_stopping_min_delta: float = arg(
-        0.0, "Nats per token by which the validation loss must fall to count as better."
+        0.0,
+        "By how much metric_for_best_model must be better to count for early_stopping_patience, in"
+        " early_stopping_min_delta_unit.",
     )
-    sample_prompt: str | None = arg(
-        None, "Text that the trained model continues at the end of the run; null: no sample."
+    early_stopping_min_delta_unit: Literal["absolute", "standard_errors"] = arg(
+        "absolute",
+        "absolute: as the metric is logged (a loss in nats per token); standard_errors: of the"
+        " difference of a loss, row by row, to the best one before.",
     )
-    sample_max_new_tokens: int = arg(160, "Length of that sample in tokens.")
+    sample_prompt: list[str] = arg(
+        [], "Texts that the model continues, greedily and at random, to show what it has learned."
+    )
+    sample_validation_prompts: int = arg(
+        0, "Further such texts: the beginnings of so many validation documents."
+    )
+    sample_steps: int | None = arg(
+        None, "Let it continue them every so many steps; null: only at the end of the run."
+    )
+    sample_max_new_tokens: int = arg(160, "Length of a continuation in tokens.")
     sample_temperature: float = arg(
-        0.7, "Temperature of that sample; 0: always the likeliest token."
+        0.7, "Temperature of the continuation at random; 0: only the greedy one."
     )
 
 
@@ -421,6 +487,20 @@ class LoggingArguments:
     tracking_uri: str | None = arg(
         None,
         "MLflow store or server; null: the environment's MLFLOW_TRACKING_URI, else ./mlflow.db.",
+    )
+    sweep: str | None = arg(
+        None,
+        "Name of a sweep: the run is filed in MLflow as a child of the run of this name, which the"
+        " first of them makes.",
+    )
+    log_model: bool = arg(
+        False, "Log the finished model to MLflow, with its signature, beside final/."
+    )
+    register_model: str | None = arg(
+        None, "Log it and register it in MLflow's model registry under this name; null: do not."
+    )
+    log_system_metrics: bool = arg(
+        True, "Log the load of processors, memory, disk, network and GPUs as system/ metrics."
     )
 
 
@@ -487,6 +567,7 @@ class Arguments(
     CheckpointArguments,
     PrecisionArguments,
     OptimizationArguments,
+    LoraArguments,
     DataArguments,
     ModelArguments,
 ):
@@ -511,6 +592,7 @@ class Arguments(
 GROUPS: Sequence[Any] = (
     ModelArguments,
     DataArguments,
+    LoraArguments,
     OptimizationArguments,
     PrecisionArguments,
     CheckpointArguments,

@@ -49,19 +49,16 @@ from llm_training.dry_run import dry_run
 from llm_training.evaluate_only import evaluate_only
 from llm_training.export import ExportError
 from llm_training.health import UnhealthyError
+from llm_training.judging import evaluate_and_log
 from llm_training.launch import LaunchError, seed_everything
 from llm_training.losses import count_predicted_tokens
 from llm_training.milestones import (
     begin_deadline,
     decay_now,
-    evaluate_and_log,
-    evaluate_in_passing,
     export,
-    final_sample,
     log_progress,
     review_length,
     save,
-    speak,
 )
 from llm_training.mishaps import explain_out_of_memory, leave_out, pass_over, passed_position
 from llm_training.modeling import ModelError
@@ -82,6 +79,7 @@ from llm_training.ranks import (
 from llm_training.replicas import ReplicaError, has_replicas, require_equal_replicas
 from llm_training.reporting import summary_lines
 from llm_training.run import Run, build_run
+from llm_training.speaking import final_sample, speak
 from llm_training.steps import read_step, update_weights
 from llm_training.stopping import (
     GRACE_SECONDS,
@@ -317,6 +315,14 @@ def act_when_due(run: Run, learning_rate: float, grad_norm: float) -> None:
         is_last = is_last or is_stopped_early(run)
     if is_due(state.step, arguments.save_steps) or is_last or is_best:
         save(run, is_best=is_best, must_succeed=is_last)
+
+
+def evaluate_in_passing(run: Run) -> bool:
+    """Evaluates where it was not done yet, and exports a model to keep; whether it is one."""
+    is_best = evaluate_and_log(run) and run.arguments.save_best
+    if is_best:
+        export(run, run.output.best)
+    return is_best
 
 
 def agree(run: Run) -> Decision:

@@ -1,4 +1,4 @@
-"""What is done now and then beside the steps: logging, evaluating, saving, exporting, speaking.
+"""What is done now and then beside the steps: logging, saving, exporting, keeping to a deadline.
 
 Every rank calls these; what one process alone must do, they see to themselves.
 """
@@ -9,21 +9,14 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from accelerate.utils import DistributedType
 from transformers import PreTrainedModel
 
 from llm_training.checkpointing import SaveError
 from llm_training.deadline import OPEN_STEPS, Pauses, Readings
-from llm_training.evaluation import evaluate
 from llm_training.export import export_model
-from llm_training.generation import generate_sample
 from llm_training.ranks import sum_over_ranks, tensor_parallel_size
 from llm_training.run import Run, make_plan_anew
-from llm_training.stopping import decide
-from llm_training.tracking import evaluation_line, progress_line
-
-# One process can then let the model speak without the others.
-WHOLE_MODEL_TYPES = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+from llm_training.tracking import progress_line
 
 
 def log_progress(run: Run, learning_rate: float, grad_norm: float) -> None:
@@ -63,45 +56,6 @@ def peak_memory(device: torch.device) -> tuple[int, float] | None:
         return None
     peak = torch.cuda.max_memory_allocated(device)
     return peak, peak / torch.cuda.get_device_properties(device).total_memory
-
-
-def evaluate_in_passing(run: Run) -> bool:
-    """Evaluates where it was not done yet, and exports a model to keep; whether it is one."""
-    is_best = evaluate_and_log(run) and run.arguments.save_best
-    if is_best:
-        export(run, run.output.best)
-    return is_best
-
-
-def evaluate_and_log(run: Run) -> bool:
-    """Evaluates where there is something to evaluate on; true if the loss is the best so far.
-
-    A signal ends it early: then it counts for nothing, and the next start begins with it.
-    """
-    if run.validation is None:
-        return False
-    with run.meter.paused(), run.deadline.pause("evaluation"):
-        metrics = evaluate(
-            run.accelerator,
-            run.model,
-            run.validation,
-            run.arguments,
-            run.plan.batch,
-            is_stopped=lambda: is_asked_to_stop(run),
-        )
-    if metrics is None:
-        return False
-    run.state.evaluated_step = run.state.step
-    del metrics["eval/tokens"]  # the same each time
-    run.tracking.log(metrics, run.state.step)
-    run.tracking.say(evaluation_line(run.state.step, metrics))
-    return run.state.note_evaluation(metrics["eval/loss"], run.arguments.early_stopping_min_delta)
-
-
-def is_asked_to_stop(run: Run) -> bool:
-    """Whether any rank got a signal; every rank must call this, and all get the same answer."""
-    run.stop = decide(sum_over_ranks(run.accelerator, *run.request.votes())).stop
-    return run.stop is not None
 
 
 def save(run: Run, *, is_best: bool = False, must_succeed: bool = True) -> None:
@@ -219,44 +173,3 @@ def of_first_rank(run: Run, *values: float) -> list[float]:
     is_first = run.accelerator.is_main_process
     sums = sum_over_ranks(run.accelerator, *(value if is_first else 0.0 for value in values))
     return [total * tensor_parallel_size(run.accelerator) for total in sums]
-
-
-def speak(run: Run) -> None:
-    """Lets the model speak as it is now, where one process holds it whole."""
-    if run.tokenizer is None or run.arguments.sample_prompt is None:
-        run.tracking.say("SAMPLE: there is no --sample_prompt to continue, or no tokenizer")
-    elif (
-        run.accelerator.distributed_type not in WHOLE_MODEL_TYPES
-        or tensor_parallel_size(run.accelerator) > 1
-    ):
-        run.tracking.say("SAMPLE: no process holds the whole model; look at best/ or final/")
-    elif run.accelerator.is_main_process:
-        with run.meter.paused(), run.deadline.pause():
-            run.tracking.say(f"sample step {run.state.step} | {sample(run, run.network)}")
-
-
-def final_sample(run: Run, exported: PreTrainedModel | None) -> str | None:
-    """What the exported model makes of the prompt, where one is given; None on other ranks.
-
-    The live one cannot speak alone on rank 0, where its weights lie on all of them.
-    """
-    speaker = exported
-    if speaker is None and run.accelerator.num_processes == 1:  # memory was too short to open it
-        speaker = run.network
-    if run.tokenizer is None or run.arguments.sample_prompt is None or speaker is None:
-        return None
-    return sample(run, speaker)
-
-
-def sample(run: Run, speaker: PreTrainedModel) -> str:
-    """What `speaker`, which this process holds whole, makes of the prompt."""
-    assert run.tokenizer is not None and run.arguments.sample_prompt is not None
-    with run.accelerator.autocast():
-        return generate_sample(
-            speaker,
-            run.tokenizer,
-            run.arguments.sample_prompt,
-            max_new_tokens=run.arguments.sample_max_new_tokens,
-            temperature=run.arguments.sample_temperature,
-            seed=run.state.seed,
-        )

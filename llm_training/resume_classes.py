@@ -12,8 +12,9 @@ from __future__ import annotations
 WATCHED = (
     "leakage_report cache_dir save_steps save_total_limit async_save save_best on_save_error"
     " save_before_timeout resume_from_checkpoint allow_resume_change replica_check_steps"
-    " per_device_eval_batch_size eval_metrics sample_prompt sample_max_new_tokens"
-    " sample_temperature logging_steps report_to experiment_name tracking tracking_uri run_name"
+    " per_device_eval_batch_size eval_metrics sample_prompt sample_validation_prompts sample_steps"
+    " sample_max_new_tokens sample_temperature logging_steps report_to experiment_name tracking"
+    " tracking_uri sweep log_model register_model log_system_metrics merge_adapter run_name"
     " output_dir ddp_timeout"
 )
 STARTS = "eval_only dry_run dry_run_steps find_batch_size verify_resume from_run show_arguments"
@@ -25,7 +26,8 @@ CHANGES_RESULT = {
     for said, names in {
         "the curve changes from here on": "dropout learning_rate lr_scheduler_type warmup_steps"
         " lr_decay_steps min_lr_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm"
-        " mixed_precision reset_optimizer max_skipped_steps skip_spikes max_rewinds",
+        " mixed_precision reset_optimizer max_skipped_steps skip_spikes max_rewinds lora_alpha"
+        " lora_dropout use_rslora",
         "the run may end elsewhere, and a decay up to its end changes from here"
         " on": "max_steps max_train_hours num_train_epochs",
         "the curve changes from here on, by rounding and dropout masks"
@@ -33,8 +35,8 @@ CHANGES_RESULT = {
         " deterministic gradient_checkpointing chunked_loss cpu_fast_path use_liger_kernel"
         " torch_compile torch_compile_scope torch_compile_mode device num_threads",
         "evaluations, the best checkpoint and an early stop change from here on, the curve of"
-        " training does not": "eval_steps eval_max_batches early_stopping_patience"
-        " early_stopping_min_delta",
+        " training does not": "eval_steps eval_max_batches metric_for_best_model greater_is_better"
+        " early_stopping_patience early_stopping_min_delta early_stopping_min_delta_unit",
     }.items()
     for name in names.split()
 }
@@ -44,11 +46,13 @@ CHANGES_RESULT = {
 BREAKS_RESUME = {
     name: group
     for group, names in {
-        "model": "model_name_or_path model_type config_overrides pad_vocab_to_multiple_of",
+        "model": "model_name_or_path model_type config_overrides pad_vocab_to_multiple_of lora_rank"
+        " lora_target_modules lora_modules_to_save use_dora",
         "optimizer": "optim",
-        "data": "train_file validation_file exclude_files dataset_name dataset_config_name"
-        " dataset_split dataset_validation_split dataset_revision streaming shuffle_buffer_size"
-        " train_mixture text_column messages_column prompt_column completion_column chat_template"
+        "data": "train_file validation_file validation_sets exclude_files dataset_name"
+        " dataset_config_name dataset_split dataset_validation_split"
+        " dataset_revision streaming shuffle_buffer_size train_mixture text_column"
+        " messages_column prompt_column completion_column chat_template"
         " document_separator min_document_characters drop_duplicates skip_bad_files"
         " skip_bad_documents validation_split_percentage tokenizer_name vocab_size"
         " bpe_min_frequency special_tokens packing document_mask",

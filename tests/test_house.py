@@ -1,7 +1,7 @@
 """Proves that imports point down: who may know whom in this project, held with `ast`.
 
     floor 6   train_llm.py
-    floor 5   milestones, mishaps, steps, trial
+    floor 5   judging, milestones, mishaps, speaking, steps, trial
     floor 4   run, evaluate_only, verify_resume, batch_finder, show_data,
               dry_run
     floor 3   argument_parsing, convert, run_data, network, needs,
@@ -29,7 +29,9 @@ PACKAGE = "llm_training"
 
 FLOORS = {
     "train_llm": 6,
+    "llm_training.judging": 5,
     "llm_training.milestones": 5,
+    "llm_training.speaking": 5,
     "llm_training.mishaps": 5,
     "llm_training.steps": 5,
     "llm_training.trial": 5,

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_llm
-from llm_training import milestones
+from llm_training import judging
 from llm_training.argument_parsing import read_arguments
 from llm_training.checkpointing import CheckpointFolder
 from llm_training.checksums import file_note, new_checksum
@@ -316,9 +316,9 @@ def test_early_stopping_counts_on_over_a_resume(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([5.0, 4.0, 4.5, 4.6, 4.7, 4.8])
-    real = milestones.evaluate
+    real = judging.evaluate
     monkeypatch.setattr(
-        milestones,
+        judging,
         "evaluate",
         lambda *args, **named: real(*args, **named) | {"eval/loss": next(losses)},
     )

@@ -17,6 +17,20 @@ class Point(NamedTuple):
     time: float
 
 
+class Ending(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        status: for the tracker.
+        error: the last lines of the traceback, without secrets; empty where there was none.
+        reason: such as the signal that ended it; empty where it came to its end.
+    """
+
+    status: Status
+    error: str = ""
+    reason: str = ""
+
+
 class TrackedRun(Protocol):
     """One run in one tracker: MLflow's, TensorBoard's, W&B's.
 
@@ -39,5 +53,11 @@ class TrackedRun(Protocol):
     def send(self, points: Sequence[Point]) -> None:
         """Sends them; after a failure all of them come again."""
 
-    def closing_calls(self, status: Status, artifacts: Sequence[Path]) -> list[Callable[[], Any]]:
+    def upload(self, path: Path) -> None:
+        """Keeps a copy of a file there, in place of an earlier one of its name.
+
+        A tracker that keeps no files does nothing.
+        """
+
+    def closing_calls(self, ending: Ending, artifacts: Sequence[Path]) -> list[Callable[[], Any]]:
         """What ends the run there, in order; a call that fails does not keep the next from it."""

@@ -13,7 +13,7 @@ import time
 import psutil
 
 import train_llm
-from llm_training import checkpoint_writing, milestones, network, ranks
+from llm_training import checkpoint_writing, judging, network, ranks
 from llm_training.argument_parsing import parse_arguments
 from llm_training.stopping import end_with_launcher
 
@@ -49,7 +49,7 @@ def signalled(place, work):
 
 
 train_llm.compute_gradients = signalled("step", train_llm.compute_gradients)
-milestones.evaluate = signalled("evaluation", milestones.evaluate)
+judging.evaluate = signalled("evaluation", judging.evaluate)
 network.build_model = signalled("build", network.build_model)
 save_model_state = signalled("save", checkpoint_writing.save_model_state)
 checkpoint_writing.save_model_state = save_model_state
