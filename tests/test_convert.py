@@ -73,6 +73,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "save_steps": 200,
         "save_total_limit": None,
         "save_best": True,
+        "metric_for_best_model": "eval/loss",
         "eval_steps": 100,
         "per_device_eval_batch_size": 8,
         "logging_steps": 5,
@@ -168,6 +169,10 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "block_size": 2048,
         "packing": "best_fit",
         "document_mask": True,
+        "lora_rank": 16,
+        "lora_alpha": 32,
+        "lora_target_modules": ["all-linear"],
+        "use_rslora": True,
         "learning_rate": 2e-5,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 10,
@@ -250,6 +255,26 @@ def test_what_is_said_of_a_loss() -> None:
     assert converted.unknown == ["somebody_elses_field = 3"]
     silent = ["adam_beta2 = 0.999", "per_device_eval_batch_size = 8", "save_total_limit = null"]
     assert sorted(converted.silent) == silent  # what transformers does, and we would not
+
+
+def test_adapters_are_converted_with_the_rank_that_their_tool_takes(tmp_path: Path) -> None:
+    text = """
+stage: sft
+finetuning_type: lora
+lora_target: q_proj,v_proj
+cutoff_len: 512
+template: default
+"""
+    converted = convert_file(write(tmp_path, "sft.yaml", text), "LLaMA-Factory")
+    targets = {"lora_rank": 8, "lora_target_modules": ["q_proj", "v_proj"]}
+    assert converted.values.items() >= targets.items()
+    text = "finetuning_type: freeze\nlora_target: all\n"
+    converted = convert_file(write(tmp_path, "frozen.yaml", text), "LLaMA-Factory")
+    assert "lora_rank" not in converted.values
+    assert converted.values["lora_target_modules"] == ["all-linear"]
+    assert any("all weights are trained (full)" in line for line in converted.left)
+    converted = convert_file(write(tmp_path, "a.yaml", "adapter: lora\n"), "Axolotl")
+    assert converted.left == ['adapter = "lora": set lora_rank']
 
 
 def test_what_a_file_says_is_not_called_silent(tmp_path: Path) -> None:

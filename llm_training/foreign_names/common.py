@@ -286,7 +286,7 @@ COMMON = Tool(
         *left_out("log_dir logging_dir tensorboard_dir", "logs go to output_dir, and by report_to"),
         *left_out("log_level verbose debug", "what matters is said, once", "info"),
         *renamed("sample_prompt", "prompt"),
-        *left_out("sample_every generate_every", "touch SAMPLE in output_dir, or at the end"),
+        *renamed("sample_steps", "sample_every generate_every"),
         *renamed("sample_max_new_tokens", "max_new_tokens"),
         *renamed("sample_temperature", "temperature"),
         # The machine
@@ -301,6 +301,8 @@ COMMON = Tool(
         *left_out("fsdp", f"{LAUNCH}fsdp.yaml"),
         *left_out("deepspeed zero_stage", DEEPSPEED),
         *left_out("tensor_parallel_size tp_size", f"{LAUNCH}tp.yaml", 1),
-        *left_out("use_lora lora load_in_8bit load_in_4bit", "all weights are trained, in fp32"),
+        *left_out("use_lora lora", "lora_rank says it: null trains all weights"),
+        *renamed("lora_rank", "lora_r"),
+        *left_out("load_in_8bit load_in_4bit", "weights are kept in fp32"),
     ),
 )

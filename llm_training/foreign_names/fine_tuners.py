@@ -15,6 +15,7 @@ from llm_training.foreign_names.conversions import (
 )
 from llm_training.foreign_names.form import (
     CannotConvert,
+    Conversion,
     Settings,
     Tool,
     converted,
@@ -23,7 +24,7 @@ from llm_training.foreign_names.form import (
 )
 from llm_training.foreign_names.hugging_face import TRAINING_ARGUMENTS
 
-ALL_WEIGHTS = "all weights are trained, in fp32; there are no adapters and no quantized weights"
+QUANTIZED = "weights are kept in fp32: there are no quantized ones"
 TURNS = "of conversations only the assistant's turns are learned, of texts everything"
 WHAT_DATA = "name the data yourself: train_file or dataset_name, and messages_column for chats"
 
@@ -63,10 +64,28 @@ def _attention(value: Any, settings: Settings) -> dict[str, Any]:
     return {"attn_implementation": ATTENTION[value]}
 
 
-def _weights_trained(value: Any, settings: Settings) -> dict[str, Any]:
-    if value not in (None, "", "full"):
-        raise CannotConvert(ALL_WEIGHTS)
-    return {}
+def _adapters(names_of_rank: str, default_rank: int | None) -> Conversion:
+    """All weights, or adapters of a rank that is named elsewhere."""
+
+    def convert(value: Any, settings: Settings) -> dict[str, Any]:
+        if value in (None, "", "full", False):
+            return {}
+        if value not in ("lora", True):
+            raise CannotConvert("all weights are trained (full), or adapters (lora)")
+        ranks = (settings[name] for name in names_of_rank.split() if name in settings)
+        rank = next(ranks, default_rank)
+        if rank is None:
+            raise CannotConvert("set lora_rank")
+        return {"lora_rank": rank}
+
+    return convert
+
+
+def _targets(value: Any, settings: Settings) -> dict[str, Any]:
+    words = value.replace(",", " ").split() if isinstance(value, str) else value
+    if words in (["all"], ["all-linear"]):
+        words = ["all-linear"]
+    return {"lora_target_modules": words} if words else {}
 
 
 def _stage(value: Any, settings: Settings) -> dict[str, Any]:
@@ -101,8 +120,9 @@ TRL = Tool(
         *left_out("model_init_kwargs", "attn_implementation and dropout are arguments here"),
         *left_out("activation_offloading", "gradient_checkpointing saves memory"),
         *left_out("loss_type", "the loss is the plain cross-entropy", "nll"),
-        *left_out("use_peft lora_r lora_alpha lora_dropout lora_target_modules", ALL_WEIGHTS),
-        *left_out("load_in_8bit load_in_4bit", ALL_WEIGHTS),
+        *converted("lora_rank", "use_peft", _adapters("lora_r", 16), "true: lora_r, or 16"),
+        *renamed("lora_rank", "lora_r"),
+        *left_out("load_in_8bit load_in_4bit use_bnb_nested_quant", QUANTIZED),
     ),
 )
 
@@ -112,7 +132,12 @@ LLAMA_FACTORY = Tool(
     base=TRAINING_ARGUMENTS,
     names=(
         *converted("", "stage", _stage, "pt and sft; conversations are seen by their columns"),
-        *converted("", "finetuning_type", _weights_trained, "full"),
+        *converted(
+            "lora_rank",
+            "finetuning_type",
+            _adapters("lora_rank", 8),
+            "full, or lora: lora_rank, or 8",
+        ),
         *left_out("dataset dataset_dir eval_dataset", WHAT_DATA),
         *left_out("template", "chat_template; null: the tokenizer's own", "default"),
         *renamed("block_size", "cutoff_len"),
@@ -125,7 +150,9 @@ LLAMA_FACTORY = Tool(
         *left_out("neat_packing", "document_mask keeps the documents of a row apart"),
         *left_out("train_on_prompt mask_history", TURNS),
         *left_out("plot_loss", "make review shows the curves"),
-        *left_out("lora_rank lora_target lora_alpha lora_dropout quantization_bit", ALL_WEIGHTS),
+        *converted("lora_target_modules", "lora_target", _targets, "all: all-linear"),
+        *renamed("lora_modules_to_save", "additional_target"),
+        *left_out("quantization_bit", QUANTIZED),
         *converted(
             "use_liger_kernel", "enable_liger_kernel", if_true(use_liger_kernel=True), "its name"
         ),
@@ -177,9 +204,18 @@ AXOLOTL = Tool(
         *converted("eval_steps", "evals_per_epoch", _times_a_pass, "set eval_steps"),
         *converted("save_steps", "saves_per_epoch", _times_a_pass, "set save_steps"),
         *left_out("train_on_inputs", TURNS),
-        *converted("", "adapter", _weights_trained, "none"),
-        *left_out("lora_model_dir lora_r lora_alpha lora_dropout lora_target_modules", ALL_WEIGHTS),
-        *left_out("lora_target_linear load_in_8bit load_in_4bit", ALL_WEIGHTS),
+        *converted("lora_rank", "adapter", _adapters("lora_r", None), "lora: lora_r"),
+        *renamed("lora_rank", "lora_r"),
+        *converted(
+            "lora_target_modules",
+            "lora_target_linear",
+            if_true(lora_target_modules=["all-linear"]),
+            "true: all-linear",
+        ),
+        *renamed("use_dora", "peft_use_dora"),
+        *renamed("use_rslora", "peft_use_rslora"),
+        *left_out("lora_model_dir", "name the adapter in model_name_or_path"),
+        *left_out("load_in_8bit load_in_4bit", QUANTIZED),
         *left_out("special_tokens tokens", "the tokenizer's own are taken"),
         *left_out("strict", "unknown arguments are refused, always"),
         *renamed("experiment_name", "wandb_project mlflow_experiment_name"),

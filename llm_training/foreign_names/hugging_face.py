@@ -112,9 +112,12 @@ def _continued(value: Any, settings: Settings) -> dict[str, Any]:
 
 
 def _judged_by(value: Any, settings: Settings) -> dict[str, Any]:
-    if value in (None, "loss", "eval_loss"):
-        return {}
-    raise CannotConvert("the best model is the one with the lowest validation loss")
+    words = str(value or "loss").removeprefix("eval_")
+    if words == "loss":
+        return {"metric_for_best_model": "eval/loss"}
+    if words.endswith("_loss"):  # of one validation set of several
+        return {"metric_for_best_model": f"eval/{words.removesuffix('_loss')}/loss"}
+    raise CannotConvert("name it as it is logged here, such as eval/token_accuracy")
 
 
 def _overrides(value: Any, settings: Settings) -> dict[str, Any]:
@@ -223,8 +226,12 @@ SAVING = (
         if_true(save_best=True),
         "best/ is the best model, final/ the last one",
     ),
-    *converted("", "metric_for_best_model", _judged_by, "the lowest validation loss is best"),
-    *left_out("greater_is_better", "the validation loss: lower is better"),
+    *converted(
+        "metric_for_best_model",
+        "metric_for_best_model",
+        _judged_by,
+        "loss: eval/loss; math_loss: eval/math/loss",
+    ),
     *left_out("ignore_data_skip", "a continued run finds its place in the data at once"),
     *left_out("restore_callback_states_from_checkpoint", "there are no callbacks"),
     *left_out("overwrite_output_dir", "no run is overwritten: name another output_dir"),

@@ -142,11 +142,12 @@ LITGPT = Tool(
         ),
         *renamed("sample_max_new_tokens", "eval.max_new_tokens"),
         *left_out("eval.initial_validation eval.final_validation", "always both", True),
-        *left_out("eval.evaluate_example", "sample_prompt is shown at the end"),
+        *left_out("eval.evaluate_example", "sample_prompt names texts to continue"),
         *converted("optim", "optimizer optimizer.class_path", optimizer, "AdamW: adamw"),
         *renamed("learning_rate", "lr"),
         *converted("adam_beta1 adam_beta2", "betas", betas),
-        *left_out("lora_r lora_alpha lora_dropout quantize", "all weights are trained, in fp32"),
+        *renamed("lora_rank", "lora_r"),
+        *left_out("quantize", "weights are kept in fp32"),
     ),
 )
 
