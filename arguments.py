@@ -38,7 +38,8 @@ class ModelArguments:
     )
     config_overrides: dict[str, Any] = arg(
         {},
-        "Changes to the model's configuration: a JSON object, or n_layer=6,n_embd=384 as a flag.",
+        "Changes to the model's configuration: a JSON object; as a flag also n_layer=6,n_embd=384,"
+        " which changes these keys of a file's object.",
     )
     attn_implementation: (
         Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None

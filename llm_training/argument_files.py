@@ -167,7 +167,8 @@ def read_yaml(text: str) -> Any:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         return None if node is None else _yaml_value(node)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
+        told = " ".join(str(error).split()).replace('in "<unicode string>", ', "")
+        raise ValueError(f"not valid YAML: {told}") from None
 
 
 def _yaml_value(node: Any) -> Any:

@@ -156,17 +156,21 @@ def resolve_arguments(argv: Sequence[str], num_processes: int | None = None) -> 
             settings |= _file_settings(path, problems)
         except ValueError as error:
             unread.append(f"argument file {path}: {error}")
-    settings |= _flag_settings(flags, problems)
+    flag_settings = _flag_settings(flags, problems)
+    below = {name: settings[name] for name in flag_settings if name in settings}
+    settings |= flag_settings
     values = _values(settings, problems)
     is_shown, wish = values.pop("show_arguments", False), values.pop("from_run", None)
     earlier = None
     if wish is not None:
         try:
             earlier = read_earlier_run(wish, values.get("tracking_uri"))
-            below = _earlier_settings(earlier, values, launch.data_parallel_size, problems)
-            settings, values = below | settings, _values(below, problems) | values
+            left = _earlier_settings(earlier, values, launch.data_parallel_size, problems)
+            settings, values = left | settings, _values(left, problems) | values
+            below = left | below
         except ValueError as error:
             unread.append(f"from_run ({settings['from_run'].origin}): {error}")
+    _add_keys(flag_settings, below, values, problems)
     given = {name: settings[name].origin for name in settings}
     arguments = Arguments(**values).with_origins(given)
 
@@ -303,6 +307,19 @@ def _values(settings: Mapping[str, Setting], problems: list[str]) -> dict[str, A
         except ValueError as error:
             problems.append(f"{name} ({origin}): {error}")
     return values
+
+
+def _add_keys(
+    flags: Mapping[str, Setting],
+    below: Mapping[str, Setting],
+    values: dict[str, Any],
+    problems: list[str],
+) -> None:
+    """Lets a flag of the form key=value,... change these keys of a file's object and no others."""
+    for name, (_, words) in flags.items():
+        is_pairs = KINDS[name].type is dict and not words[0].startswith("{")
+        if is_pairs and values.get(name) and name in below:
+            values[name] = _values({name: below[name]}, problems).get(name, {}) | values[name]
 
 
 # ----------------------------------------------------------------------------- what follows

@@ -53,6 +53,20 @@ def test_a_file_that_cannot_be_read(content: bytes, phrases: list[str]) -> None:
     assert [phrase for phrase in phrases if phrase not in problem] == [], problem
 
 
+def test_pairs_behind_a_flag_change_their_keys_of_a_files_object_alone() -> None:
+    path = write_good(config_overrides={"n_layer": 2, "n_head": 4})
+
+    def overrides(*flag: str) -> dict[str, Any]:
+        return read_arguments([path, "--config_overrides", *flag]).config_overrides
+
+    assert overrides("n_layer=3,n_embd=8") == {"n_layer": 3, "n_head": 4, "n_embd": 8}
+    assert overrides('{"n_embd": 8}') == {"n_embd": 8}
+    assert overrides("null") == {}
+    bad = write_good("bad.json", config_overrides=[1])
+    problem = the_problem_of(bad, "--config_overrides", "n_layer=3")
+    assert problem.startswith("config_overrides (bad.json line")
+
+
 def test_a_file_that_is_not_there() -> None:
     Path("folder.json").mkdir()
     missing, folder = problems_of("missing.json", "folder.json")
