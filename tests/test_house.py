@@ -78,6 +78,7 @@ FLOORS = {
     "llm_training.flops": 1,
     "llm_training.footprint": 1,
     "llm_training.foreign_names": 1,
+    "llm_training.generate": 1,
     "llm_training.generation": 1,
     "llm_training.gpu_speed": 1,
     "llm_training.hardware_checks": 1,
