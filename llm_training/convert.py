@@ -65,13 +65,26 @@ class Converted:
 
 
 def convert_command(words: Sequence[str]) -> int:
-    """`--convert FILE [--convert_to OUT.json] [--convert_from TOOL]`; returns the exit status."""
+    """`--convert FILE [--convert_to OUT] [--convert_from TOOL]`; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python train_llm.py", description=__doc__)
-    parser.add_argument("--convert", metavar="FILE", required=True, help="file of another tool")
-    parser.add_argument("--convert_to", metavar="OUT.json", help="new file; without it: stdout")
+    parser.add_argument(
+        "--convert",
+        metavar="FILE",
+        required=True,
+        help="file of another tool, or nanoGPT's ckpt.pt",
+    )
+    parser.add_argument(
+        "--convert_to",
+        metavar="OUT",
+        help="new .json file (without it: stdout), or new folder for the model of a ckpt.pt",
+    )
     titles = ", ".join(tool.title for tool in TOOLS)
     parser.add_argument("--convert_from", metavar="TOOL", help=f"whose file it is: {titles}")
     given = parser.parse_args(words)
+    if given.convert.endswith((".pt", ".pth")):
+        from llm_training.nanogpt_checkpoint import checkpoint_command
+
+        return checkpoint_command(given.convert, given.convert_to)
     return convert_main(given.convert, given.convert_to, given.convert_from)
 
 

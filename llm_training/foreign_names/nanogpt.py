@@ -32,7 +32,7 @@ def _start(value: Any, settings: Settings) -> dict[str, Any]:
         return {"model_type": "gpt2", "config_overrides": {"activation_function": "gelu"}}
     if value == "resume":
         raise CannotConvert(
-            "its ckpt.pt is not read here: give model_name_or_path a Hugging Face folder of it"
+            "--convert ckpt.pt --convert_to FOLDER makes a folder of it for model_name_or_path"
         )
     return {"model_name_or_path": value}
 
@@ -118,7 +118,7 @@ NANOGPT = Tool(
             "model_type model_name_or_path",
             "init_from",
             _start,
-            "scratch: model_type gpt2; gpt2, gpt2-medium, ...: model_name_or_path; resume: none",
+            "scratch: model_type gpt2; gpt2, ...: model_name_or_path; resume: --convert ckpt.pt",
         ),
         *converted("report_to", "wandb_log", wandb, "true: wandb"),
         *renamed("experiment_name", "wandb_project"),
