@@ -27,6 +27,7 @@ help:  ## List these targets
 quickstart: $(FOR_RUNS)  ## Train a small model on this machine; run again to continue or to see it
 	@$(VENV_PYTHON) train_llm.py train_configs/quickstart.json
 
+# Pages are opened where chromium and chromedriver are installed; pictures go to test-artifacts/.
 test: check  ## Check, then run every test that needs no GPU and no network
 	@$(VENV_PYTHON) -m pytest -m "not gpu and not network" -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
@@ -62,8 +63,8 @@ review: $(FOR_RUNS)  ## Show all runs in the browser: http://127.0.0.1:5000 (POR
 	@MLFLOW_DISABLE_TELEMETRY=true $(VENV_PYTHON) -m mlflow ui --workers 1 \
 		--backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(PORT)
 
-clean:  ## Remove the tools' caches; runs, data and .venv stay
-	@rm -rf .pytest_cache .mypy_cache .ruff_cache
+clean:  ## Remove the tools' caches and pictures; runs, data and .venv stay
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache test-artifacts
 	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted installation is taken up again. An environment

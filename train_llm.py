@@ -52,6 +52,7 @@ from llm_training.health import UnhealthyError
 from llm_training.judging import evaluate_and_log
 from llm_training.launch import LaunchError, seed_everything
 from llm_training.losses import count_predicted_tokens
+from llm_training.metrics import MetricError
 from llm_training.milestones import (
     begin_deadline,
     decay_now,
@@ -79,7 +80,8 @@ from llm_training.ranks import (
 from llm_training.replicas import ReplicaError, has_replicas, require_equal_replicas
 from llm_training.reporting import summary_lines
 from llm_training.run import Run, build_run
-from llm_training.speaking import final_sample, speak
+from llm_training.samples import rewind_samples
+from llm_training.speaking import final_samples, speak
 from llm_training.steps import read_step, update_weights
 from llm_training.stopping import (
     GRACE_SECONDS,
@@ -89,7 +91,7 @@ from llm_training.stopping import (
     StopRequest,
     decide,
 )
-from llm_training.tracking import TrackingError
+from llm_training.tracking import TrackingError, last_lines
 from llm_training.trial import run_trial
 from llm_training.updates import UnseenStep, backward, drop_gradients
 
@@ -100,6 +102,7 @@ EXPECTED_ERRORS = (
     DocumentMaskError,
     ExportError,
     LaunchError,
+    MetricError,
     ModelError,
     OptimizerError,
     OutputError,
@@ -193,6 +196,8 @@ def resume(run: Run) -> None:
     """
     rank = run.accelerator.process_index // tensor_parallel_size(run.accelerator)
     seed_everything(run.state.seed, rank=rank)
+    if run.accelerator.is_main_process:
+        rewind_samples(run.output.samples, run.checkpoint.step if run.checkpoint else -1)
     if run.checkpoint:
         run.checkpoints.set_aside_newer(run.checkpoint)
         reset = run.arguments.reset_optimizer
@@ -220,10 +225,14 @@ def train(run: Run) -> None:
         if is_best and state.step:
             save(run, is_best=run.arguments.save_best)
         obey(run, NOTHING_ASKED)
+    if is_due(state.step, run.arguments.sample_steps):
+        speak(run)
+        obey(run, NOTHING_ASKED)
     run.meter.start()
     while state.step < run.plan.total_steps and not is_stopped_early(run):
         pass_over(run)
-        window = run.windows.window(state.samples)
+        with run.meter.waiting():
+            window = run.windows.window(state.samples)
         num_tokens = count_window_tokens(run, window)
         loss_sum = compute_gradients(run, window, num_tokens)
         if not settle(run):  # the step before has sent the run back: these gradients serve nothing
@@ -272,7 +281,8 @@ def is_awaited(run: Run, decision: Decision) -> bool:
         return True
     arguments, step = run.arguments, run.state.step + 1
     intervals = (arguments.logging_steps, arguments.eval_steps, arguments.save_steps)
-    is_something_due = any(is_due(step, n) for n in (*intervals, arguments.replica_check_steps))
+    others = (arguments.sample_steps, arguments.replica_check_steps)
+    is_something_due = any(is_due(step, interval) for interval in (*intervals, *others))
     passes_over = passed_position(run) != run.state.samples
     return is_something_due or passes_over or step >= run.plan.total_steps - 1
 
@@ -313,6 +323,8 @@ def act_when_due(run: Run, learning_rate: float, grad_norm: float) -> None:
     if is_due(state.step, arguments.eval_steps) or is_last:
         is_best = evaluate_in_passing(run)
         is_last = is_last or is_stopped_early(run)
+    if is_due(state.step, arguments.sample_steps):
+        speak(run)
     if is_due(state.step, arguments.save_steps) or is_last or is_best:
         save(run, is_best=is_best, must_succeed=is_last)
 
@@ -340,10 +352,10 @@ def obey(run: Run, decision: Decision) -> None:
     orders = decision.orders
     if "DECAY" in orders:
         decay_now(run)
-    if "EVAL" in orders and run.validation is not None:
+    if "EVAL" in orders and run.validation:
         evaluate_in_passing(run)
     if "SAMPLE" in orders:
-        speak(run)
+        speak(run, is_ordered=True)
     stop = decision.stop or run.stop
     if ("SAVE" in orders or stop) and run.state.samples:  # before, there is nothing to save
         save(run)
@@ -375,13 +387,17 @@ def is_stopped_early(run: Run) -> bool:
 def tracked(run: Run) -> Iterator[None]:
     """Closes the trackers with how it really went."""
     output = run.output
+    gc.freeze()  # to search all that was built for garbage takes a tenth of a second
     try:
         yield
     except BaseException as error:
-        is_killed = isinstance(error, Stopped)
-        run.tracking.finish("KILLED" if is_killed else "FAILED", output.artifacts())
+        if isinstance(error, Stopped):
+            run.tracking.finish("KILLED", output.artifacts(), reason=error.reason)
+        else:
+            run.tracking.finish("FAILED", output.artifacts(), error=last_lines(error))
         raise
     finally:
+        gc.unfreeze()
         run.windows.close()
     run.tracking.finish("FINISHED", [*output.artifacts(), output.result])
 
@@ -400,12 +416,15 @@ def finish(run: Run) -> None:
         "last_loss": state.last_loss,
         "best_loss": state.best_loss,
         "best_step": state.best_step,
-        "sample": final_sample(run, exported),
+        "best": state.best and state.best.summary(),
+        "samples": final_samples(run, exported),
         "model": str(run.output.final),
         "review": run.tracking.review_hint(),
     }
     if accelerator.is_main_process:
         run.output.write_result(result)
+    if run.arguments.log_model or run.arguments.register_model:
+        run.tracking.log_model(run.output.final, run.arguments.register_model)
     accelerator.print("\n".join(summary_lines(result)), flush=True)
 
 

@@ -44,7 +44,7 @@ def ways(options: argparse.Namespace) -> dict[str, Loss]:
         return token_loss_sum(F.linear(hidden, weight)[None], tokens[None])
 
     def in_chunks(size: int) -> Loss:
-        return lambda h, w, tokens: linear_token_loss_sum(h, w, None, tokens, size)[0]
+        return lambda h, w, tokens: linear_token_loss_sum(h, w, None, tokens, size)
 
     def by_torch(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
         if torch.is_autocast_enabled("cpu"):  # which torch's function does not heed

@@ -19,11 +19,14 @@ from arguments import (
     holds_conversations,
     mixture_sources,
 )
+from llm_training.evaluation_checks import evaluation_problems, set_problems
 from llm_training.hardware_checks import hardware_problems
 from llm_training.launch_checks import launch_problems
 from llm_training.launch_settings import LaunchSettings
 from llm_training.length_checks import length_problems
+from llm_training.lora_checks import lora_problems
 from llm_training.speed_checks import speed_problems
+from llm_training.validation_sets import validation_set_arguments
 
 # What a value must be, its test, and the arguments it holds for; null passes where it is allowed.
 RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
@@ -31,13 +34,14 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "more than 0",
         lambda x: x > 0,
         "learning_rate adam_epsilon max_grad_norm num_train_epochs save_before_timeout skip_spikes"
-        " max_train_hours",
+        " max_train_hours lora_alpha",
     ),
     (
         "0 or more",
         lambda x: x >= 0,
         "weight_decay warmup_steps early_stopping_min_delta sample_temperature"
-        " min_document_characters bpe_min_frequency max_skipped_steps max_rewinds",
+        " min_document_characters bpe_min_frequency max_skipped_steps max_rewinds"
+        " sample_validation_prompts",
     ),
     (
         "1 or more",
@@ -46,12 +50,16 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         " per_device_train_batch_size gradient_accumulation_steps global_batch_size"
         " eval_steps eval_max_batches per_device_eval_batch_size early_stopping_patience"
         " sample_max_new_tokens ddp_timeout shuffle_buffer_size replica_check_steps"
-        " pad_vocab_to_multiple_of dry_run_steps",
+        " pad_vocab_to_multiple_of dry_run_steps lora_rank sample_steps",
     ),
     ("2 or more", lambda x: x >= 2, "block_size verify_resume"),
     ("257 or more, for 256 bytes and a special token", lambda x: x >= 257, "vocab_size"),
     ("from 0 to 1", lambda x: 0 <= x <= 1, "min_lr_ratio"),
-    ("at least 0 and less than 1", lambda x: 0 <= x < 1, "dropout adam_beta1 adam_beta2"),
+    (
+        "at least 0 and less than 1",
+        lambda x: 0 <= x < 1,
+        "dropout adam_beta1 adam_beta2 lora_dropout",
+    ),
     ("from 0 to 50", lambda x: 0 <= x <= 50, "validation_split_percentage"),
     ("from 0 to 4294967295", lambda x: 0 <= x < 2**32, "seed"),
 )
@@ -90,8 +98,9 @@ def find_problems(arguments: Arguments, launch: LaunchSettings) -> list[str]:
         *_folder_problems(arguments),
         *batch_problems(arguments, launch.data_parallel_size),
         *length_problems(arguments),
+        *lora_problems(arguments, launch),
         *_health_problems(arguments),
-        *_evaluation_problems(arguments),
+        *evaluation_problems(arguments),
         *_secret_problems(arguments),
         *hardware_problems(arguments, launch),
         *speed_problems(arguments, launch),
@@ -169,6 +178,9 @@ def _data_problems(arguments: Arguments) -> Iterator[str]:
     for source, own in mixture_sources(arguments).items():
         prefix = f"train_mixture, source {source}: " if source else ""
         yield from (prefix + problem for problem in _source_problems(own))
+    for name, own, problem in set_problems(arguments):
+        found = [problem] if problem else [*_dataset_problems(own), *_column_problems(own)]
+        yield from (f"validation_sets, {name}: {text}" for text in found)
     yield from _tokenizer_problems(arguments)
 
 
@@ -178,12 +190,21 @@ def _source_problems(arguments: Arguments) -> Iterator[str]:
         yield f"train_file={shown(files)} and dataset_name={dataset} exclude each other: keep one"
     if not files and not dataset and not arguments.eval_only:
         yield "no data: give train_file (files, folders or globs), dataset_name or train_mixture"
-    if not files + arguments.validation_file and not dataset and arguments.eval_only:
+    has_validation = arguments.validation_file or arguments.validation_sets
+    if not files and not has_validation and not dataset and arguments.eval_only:
         yield "no data for eval_only: give validation_file, or train_file or dataset_name"
-    for name in _DATASET_ARGUMENTS if dataset is None else ():
+    yield from _dataset_problems(arguments)
+    yield from _column_problems(arguments)
+
+
+def _dataset_problems(arguments: Arguments) -> Iterator[str]:
+    for name in _DATASET_ARGUMENTS if arguments.dataset_name is None else ():
         value = getattr(arguments, name)
         if value not in (None, False, DEFAULTS[name]):
             yield f"{name}={shown(value)} has no effect without dataset_name: drop it, or give that"
+
+
+def _column_problems(arguments: Arguments) -> Iterator[str]:
     prompt, completion = arguments.prompt_column, arguments.completion_column
     if (prompt is None) != (completion is None):
         given = f"prompt_column={prompt}" if prompt else f"completion_column={completion}"
@@ -198,16 +219,17 @@ def _tokenizer_problems(arguments: Arguments) -> Iterator[str]:
     name, made_here = arguments.tokenizer_name, ("char", "byte", "bpe")
     sources = mixture_sources(arguments).values()
     files = [path for own in sources for path in own.train_file + own.validation_file]
+    everything = [*sources, *validation_set_arguments(arguments).values()]
     has_only_tokens = bool(files) and all(_holds_tokens(path) for path in files)
     if arguments.model_type and not name and not has_only_tokens:
         advice = (
             "set tokenizer_name to char, byte or bpe, made from the data, or a folder or hub id"
         )
         yield f"model_type={arguments.model_type} comes without a tokenizer: {advice}"
-    if any(holds_conversations(own) for own in sources) and name in made_here:
+    if any(holds_conversations(own) for own in everything) and name in made_here:
         advice = "name a tokenizer that knows the turns of a conversation: a folder or hub id"
         yield f"tokenizer_name={name} has no chat template for conversations: {advice}"
-    if arguments.chat_template and not any(holds_conversations(own) for own in sources):
+    if arguments.chat_template and not any(holds_conversations(own) for own in everything):
         advice = "name messages_column, or prompt_column and completion_column, or drop it"
         yield f"chat_template={shown(arguments.chat_template)} has no effect on text: {advice}"
     if arguments.special_tokens and name not in made_here:
@@ -265,7 +287,8 @@ def _document_mask_problems(arguments: Arguments, launch: LaunchSettings) -> Ite
 
 
 def _path_problems(arguments: Arguments) -> Iterator[str]:
-    for own in mixture_sources(arguments).values():
+    sets = validation_set_arguments(arguments).values()
+    for own in [*mixture_sources(arguments).values(), *sets]:
         for name in ("train_file", "validation_file"):
             for path in getattr(own, name):
                 if not re.search(r"[*?\[]", path) and not os.path.exists(path):
@@ -312,21 +335,6 @@ def _health_problems(arguments: Arguments) -> Iterator[str]:
     if arguments.max_rewinds and arguments.save_steps is None:
         wish = f"max_rewinds={arguments.max_rewinds}"
         yield f"{wish} needs a checkpoint to go back to, but save_steps is null: set save_steps"
-
-
-def _evaluation_problems(arguments: Arguments) -> Iterator[str]:
-    can_validate = any(
-        own.validation_file or own.validation_split_percentage > 0
-        for own in mixture_sources(arguments).values()
-    )
-    for name in ("save_best", "early_stopping_patience", "eval_only"):
-        value = getattr(arguments, name)
-        wish = f"{name}={shown(value)}"
-        if value and not can_validate:
-            advice = "give validation_file, or a validation_split_percentage above 0"
-            yield f"{wish} needs validation data: {advice}"
-        if value and arguments.eval_steps is None and name != "eval_only":
-            yield f"{wish} needs evaluations, but eval_steps is null: set eval_steps"
 
 
 def _secret_problems(arguments: Arguments) -> Iterator[str]:

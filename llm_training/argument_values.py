@@ -15,6 +15,7 @@ from typing import Any
 from arguments import KINDS, SOURCE_ARGUMENTS, Kind
 from llm_training.argument_checks import shown
 from llm_training.argument_files import literal, plain, read_json
+from llm_training.validation_sets import SET_ARGUMENTS
 
 VARIABLE = re.compile(r"\$?\$\{(?:([A-Za-z_]\w*)\})?")
 
@@ -60,7 +61,9 @@ def _without_secrets(convert: Callable[[Any], Any], given: Any) -> Any:
 
 def _argument_value(name: str, value: Any) -> Any:
     converted = _convert(KINDS[name], value)
-    return _mixture(converted) if name == "train_mixture" else converted
+    if name == "train_mixture":
+        return _mixture(converted)
+    return _validation_sets(converted) if name == "validation_sets" else converted
 
 
 def expanded(value: Any) -> Any:
@@ -152,12 +155,27 @@ def _mixture(sources: dict[str, Any]) -> dict[str, Any]:
         ValueError: with the first that does not fit.
     """
     kinds = {name: KINDS[name] for name in SOURCE_ARGUMENTS} | {"weight": Kind(float, False, ())}
-    converted = {}
-    for source, settings in sources.items():
+    converted = _parts(sources, kinds, '{"train_file": "folder", "weight": 1}')
+    return {source: {"weight": 1.0} | settings for source, settings in converted.items()}
+
+
+def _validation_sets(sets: dict[str, Any]) -> dict[str, Any]:
+    """The sets of `validation_sets`; raises as `_mixture`."""
+    kinds = {name: KINDS[name] for name in SET_ARGUMENTS}
+    return _parts(sets, kinds, '{"validation_file": "math.jsonl"}')
+
+
+def _parts(parts: dict[str, Any], kinds: dict[str, Kind], example: str) -> dict[str, Any]:
+    """Parts of the data by their names, each with the settings of `kinds` that it has.
+
+    Raises:
+        ValueError: with the first that does not fit.
+    """
+    converted: dict[str, Any] = {}
+    for source, settings in parts.items():
         if not isinstance(settings, dict):
-            example = '{"train_file": "folder", "weight": 1}'
             raise ValueError(f"{source} takes an object like {example}, not {shown(settings)}")
-        converted[source] = {"weight": 1.0}
+        converted[source] = {}
         for name, value in settings.items():
             if name not in kinds:
                 close = difflib.get_close_matches(name, kinds, n=1)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_training.losses import IGNORE_INDEX
+from llm_training.losses import IGNORE_INDEX, likeliest_tokens
 from llm_training.vocab_padding import PaddedHead, num_tokens_of
 from llm_training.zero_init import whole_models
 
@@ -55,8 +55,8 @@ class ChunkedHead(PaddedHead):
     def __init__(self, head: nn.Linear, num_tokens: int):
         super().__init__(head, num_tokens)
         self._next_tokens: Tensor | None = None
-        self._counts_correct = False
-        self._correct: Tensor | None = None
+        self._is_per_row = self._wants_guesses = False
+        self._guesses: Tensor | None = None
 
     @classmethod
     def take_place(cls, model: PreTrainedModel) -> ChunkedHead:
@@ -66,37 +66,48 @@ class ChunkedHead(PaddedHead):
         return head
 
     @contextmanager
-    def judging(self, next_tokens: Tensor, count_correct: bool) -> Iterator[None]:
-        """Inside, the next call returns the loss of `next_tokens` (B, T), not logits."""
-        self._next_tokens, self._counts_correct = next_tokens.flatten(), count_correct
+    def judging(
+        self, next_tokens: Tensor, *, per_row: bool = False, with_guesses: bool = False
+    ) -> Iterator[None]:
+        """Inside, the next call returns the loss of `next_tokens` (B, T), not logits.
+
+        Args:
+            per_row: whether it is the loss of each row, which has no gradient.
+            with_guesses: whether `take_guesses` will be asked, beside the loss of each row.
+        """
+        self._next_tokens = next_tokens
+        self._is_per_row, self._wants_guesses = per_row, with_guesses
         try:
             yield
             assert self._next_tokens is None, "the model did not call its head"
         finally:
             self._next_tokens = None
 
-    def take_correct(self) -> Tensor | None:
-        """How many tokens the last judged call guessed right, where they were counted."""
-        correct, self._correct = self._correct, None
-        return correct
+    def take_guesses(self) -> Tensor | None:
+        """The likeliest tokens (B, T) int64 of the last judged call, where they were asked for."""
+        guesses, self._guesses = self._guesses, None
+        return guesses
 
     @torch.compiler.disable  # chunks differ in length, and their products are all there is to do
     def forward(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of `hidden` (..., H); or the summed loss, a scalar float32."""
+        """Logits (..., V) of `hidden` (..., H); or the summed loss: float32, a scalar or (B,)."""
         next_tokens, self._next_tokens = self._next_tokens, None
         if next_tokens is None:
             return super().forward(hidden)
-        loss, correct = linear_token_loss_sum(
-            hidden.flatten(0, -2),
-            self.weight,
-            self.bias,
+        inputs = (hidden.flatten(0, -2), self.weight, self.bias)
+        chunk_size = positions_per_chunk(self.out_features, hidden.device.type)
+        if not self._is_per_row:
+            return linear_token_loss_sum(
+                *inputs, next_tokens.flatten(), chunk_size, num_tokens=self.num_tokens
+            )
+        losses, self._guesses = linear_row_losses(
+            *inputs,
             next_tokens,
-            positions_per_chunk(self.out_features, hidden.device.type),
+            chunk_size,
             num_tokens=self.num_tokens,
-            count_correct=self._counts_correct,
+            with_guesses=self._wants_guesses,
         )
-        self._correct = correct
-        return loss
+        return losses
 
 
 def why_not_chunked(model: PreTrainedModel) -> str | None:
@@ -136,8 +147,7 @@ def linear_token_loss_sum(
     chunk_size: int,
     *,
     num_tokens: int | None = None,
-    count_correct: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+) -> Tensor:
     """`token_loss_sum` of the logits `hidden @ weight.T + bias`, which never exist as a whole.
 
     The products are computed in autocast's type, where it is on, and in `hidden`'s elsewhere; loss
@@ -151,19 +161,72 @@ def linear_token_loss_sum(
         next_tokens: (N,) int64, `IGNORE_INDEX` where nothing is predicted.
         chunk_size: positions that are computed together.
         num_tokens: rows of the weight from there on stand for no token and are never predicted.
-        count_correct: whether the likeliest guesses are compared with the next tokens.
 
     Returns:
-        The loss in nats, a scalar float32 tensor, 0 where nothing is predicted; and how many
-        guesses were right (scalar int64), or None.
+        The loss in nats, a scalar float32 tensor, 0 where nothing is predicted.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     num_tokens = weight.shape[0] if num_tokens is None else num_tokens
-    how = (chunk_size, num_tokens, dtype, torch.is_grad_enabled(), count_correct)
-    with torch.autocast(device, enabled=False):
-        loss, correct = _LinearTokenLoss.apply(hidden, weight, bias, next_tokens, *how)
-    return loss, correct if count_correct else None
+    how = (chunk_size, num_tokens, _product_type(hidden), torch.is_grad_enabled())
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss: Tensor = _LinearTokenLoss.apply(hidden, weight, bias, next_tokens, *how)
+    return loss
+
+
+@torch.no_grad()
+def linear_row_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    next_tokens: Tensor,
+    chunk_size: int,
+    *,
+    num_tokens: int | None = None,
+    with_guesses: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`row_losses` of logits that never exist as a whole, as in `linear_token_loss_sum`.
+
+    It is for evaluation and has no gradient.
+
+    Args:
+        hidden: (B * T, H) in any floating type.
+        weight: (V, H).
+        bias: (V,) or None.
+        next_tokens: (B, T) int64, `IGNORE_INDEX` where nothing is predicted.
+        chunk_size: positions that are computed together.
+        num_tokens: rows of the weight from there on stand for no token and are never predicted.
+        with_guesses: whether the likeliest tokens are looked for.
+
+    Returns:
+        The loss of each row in nats, (B,) float32; and the likeliest token of each position, (B, T)
+        int64 and anything where nothing is predicted, or None.
+    """
+    num_tokens = weight.shape[0] if num_tokens is None else num_tokens
+    targets = next_tokens.flatten()
+    losses = hidden.new_zeros(targets.shape, dtype=torch.float32)
+    guesses = torch.zeros_like(targets) if with_guesses else None
+    dtype = _product_type(hidden)
+    matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for places in _places(targets, chunk_size):
+            logits = F.linear(hidden[places].to(dtype), matrix, offset)
+            logits[:, num_tokens:] = -math.inf
+            if guesses is not None:
+                guesses[places] = likeliest_tokens(logits)
+            values = logits.log_softmax(-1, dtype=torch.float32)
+            del logits
+            wanted = values.gather(1, targets[places, None].clamp(min=0))[:, 0]
+            losses[places] = -wanted.where(targets[places] != IGNORE_INDEX, 0.0)
+            del values
+    return losses.view(next_tokens.shape).sum(1), None if guesses is None else guesses.view(
+        next_tokens.shape
+    )
+
+
+def _product_type(hidden: Tensor) -> torch.dtype:
+    """What the products with `hidden` are computed in: autocast's type where it is on."""
+    device = hidden.device.type
+    is_autocast = torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_autocast else hidden.dtype
 
 
 class _LinearTokenLoss(torch.autograd.Function):
@@ -178,8 +241,7 @@ class _LinearTokenLoss(torch.autograd.Function):
         num_tokens: int,
         dtype: torch.dtype,
         is_training: bool,
-        count_correct: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         needs_hidden, needs_weight, needs_bias = (
             is_training and needed for needed in ctx.needs_input_grad[:3]
         )
@@ -187,7 +249,6 @@ class _LinearTokenLoss(torch.autograd.Function):
         grad_weight = _zeros_for_sum(weight) if needs_weight else None
         grad_bias = _zeros_for_sum(bias) if needs_bias and bias is not None else None
         loss = hidden.new_zeros((), dtype=torch.float32)
-        correct = next_tokens.new_zeros(())
         matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
         for places in _places(next_tokens, chunk_size):
             targets = next_tokens[places, None]
@@ -196,8 +257,6 @@ class _LinearTokenLoss(torch.autograd.Function):
             inputs = hidden[places].to(dtype)
             logits = F.linear(inputs, matrix, offset)
             logits[:, num_tokens:] = -math.inf
-            if count_correct:
-                correct += ((logits.argmax(-1, keepdim=True) == targets) & is_judged).sum()
             values = logits.log_softmax(-1, dtype=torch.float32)
             del logits  # each is given back as soon as it can be: only a chunk's memory counts
             loss -= (values.gather(1, targets) * is_judged).sum()
@@ -213,17 +272,16 @@ class _LinearTokenLoss(torch.autograd.Function):
                     _add_product(grad_weight, slope.T, inputs * is_judged)
                 del slope
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.mark_non_differentiable(correct)
-        return loss, correct
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         # In place, since they are as large as the weight: torch refuses a second backward pass.
         for gradient in ctx.saved_tensors:
             if gradient is not None:
                 gradient.mul_(grad_loss)
-        return grad_hidden, grad_weight, grad_bias, *(None,) * 6
+        return grad_hidden, grad_weight, grad_bias, *(None,) * 5
 
 
 def _places(next_tokens: Tensor, chunk_size: int) -> Iterable[Tensor | slice]:

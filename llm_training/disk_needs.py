@@ -56,15 +56,17 @@ def estimate_disk(
     backend: Backend,
     is_half: bool,
     total_steps: int | None,
+    model_parameters: int | None = None,
     tokens: int = 0,
 ) -> DiskNeed:
     """What the run will write.
 
     Args:
-        num_parameters: padding included.
+        num_parameters: those that are trained, padding included.
         optimizer_bytes: of all parameters together.
         is_half: whether the forward pass computes in 16 bits; ZeRO-1 and 2 save that copy too.
         total_steps: of the run; None where only the time limits them.
+        model_parameters: of final/ and best/, where those are not what is trained.
         tokens: bytes of a token store that is still to be made.
     """
     copy = (2 if is_half else 4) if backend in ("zero1", "zero2") else 0
@@ -82,7 +84,7 @@ def estimate_disk(
     return DiskNeed(
         checkpoint=checkpoint,
         num_checkpoints=num_kept + is_replaced,
-        models=(1 + arguments.save_best) * 4 * num_parameters,
+        models=(1 + arguments.save_best) * 4 * (model_parameters or num_parameters),
         tokens=tokens,
         unlimited=limit is None,
     )

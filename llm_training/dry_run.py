@@ -24,7 +24,7 @@ from llm_training.checkpointing import check_identity
 from llm_training.data import DataError
 from llm_training.data.estimate import DataOutlook, prepare_or_estimate
 from llm_training.data.rows.store_rows import Rows
-from llm_training.data.rows.windows import train_rows, validation_rows
+from llm_training.data.rows.windows import train_rows, validation_rows, validation_set_rows
 from llm_training.flops import model_flops_per_token
 from llm_training.launch import (
     LaunchError,
@@ -37,6 +37,7 @@ from llm_training.launch import (
 from llm_training.launch_checks import precision_conflict
 from llm_training.launch_settings import LaunchSettings, read_launch_settings
 from llm_training.memory_needs import backend_of
+from llm_training.metrics import check_metrics
 from llm_training.modeling import (
     count_parameters,
     fit_config,
@@ -49,6 +50,7 @@ from llm_training.optim import block_matrices, check_optimizer, split_by_decay
 from llm_training.outputs import OutputFolder
 from llm_training.planning import Plan, PlanError, make_plan
 from llm_training.reporting import row_lines
+from llm_training.run_data import check_metric_for_best_model
 from llm_training.stopping import StopRequest
 from llm_training.throughput import format_count
 
@@ -137,11 +139,14 @@ def stand_in_for(arguments: Arguments, launch: LaunchSettings) -> SimpleNamespac
 
 def rows_of(
     outlook: DataOutlook, arguments: Arguments, block_size: int
-) -> tuple[Rows | None, Rows | None]:
-    """The rows of training and validation; of estimated tokens, as if they made one stream.
+) -> tuple[Rows | None, dict[str, Rows]]:
+    """The rows of training and of each validation set, whose main one has the name "".
+
+    Of estimated tokens, they are as if these made one stream.
 
     Raises:
         DataError: there is nothing to train on.
+        MetricError: one that is to be computed in evaluations cannot be.
     """
     if outlook.estimated:
         arguments = dataclasses.replace(arguments, packing="stream", document_mask=False)
@@ -149,8 +154,11 @@ def rows_of(
     if rows is None and not arguments.streaming:
         raise DataError("There is no training data: give --train_file or --dataset_name.")
     if arguments.eval_steps is None:
-        return rows, None
-    return rows, validation_rows(outlook.data, arguments, block_size)
+        return rows, {}
+    check_metric_for_best_model(arguments, check_metrics(arguments.eval_metrics))
+    main = validation_rows(outlook.data, arguments, block_size)
+    sets = validation_set_rows(outlook.data, arguments, block_size)
+    return rows, ({} if main is None else {"": main}) | sets
 
 
 def split_of(launch: LaunchSettings) -> str:
@@ -165,11 +173,13 @@ def split_of(launch: LaunchSettings) -> str:
 def model_lines(network: nn.Module, config: Any, where: str) -> list[str]:
     """What is trained, and its parameters."""
     total = sum(parameter.numel() for parameter in network.parameters())
-    trained, outside = count_parameters(network)
-    padding = f" ({total - trained:,} of padding not counted)" if total > trained else ""
+    counted, outside = count_parameters(network)
+    padding = f" ({total - counted:,} of padding not counted)" if total > counted else ""
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    are_trained = "all trained" if trained == total else f"{trained:,} of them trained"
     return [
-        f"Model    {config.model_type}, {trained:,} parameters, all trained{padding};"
-        f" {trained - outside:,} in embeddings; {where}"
+        f"Model    {config.model_type}, {counted:,} parameters, {are_trained}{padding};"
+        f" {counted - outside:,} in embeddings; {where}"
     ]
 
 

@@ -88,7 +88,7 @@ def read_earlier_run(wish: str, tracking_uri: str | None) -> EarlierRun:
         ValueError: it is not there, or its arguments are not.
     """
     if os.path.isdir(wish):
-        settings = _of_folder(Path(wish))
+        settings = arguments_of_folder(Path(wish))
     elif RUN_ID.fullmatch(wish):
         settings = _of_mlflow_run(wish, tracking_uri)
     else:
@@ -102,8 +102,14 @@ def read_earlier_run(wish: str, tracking_uri: str | None) -> EarlierRun:
     return EarlierRun(wish, settings)
 
 
-def _of_folder(folder: Path) -> dict[str, Any]:
-    """The arguments in an output folder, or in a checkpoint or its output folder."""
+def arguments_of_folder(folder: Path) -> dict[str, Any]:
+    """The arguments in an output folder, or in a checkpoint or its output folder.
+
+    They are as an argument file holds them; a drawn seed is the one that a checkpoint tells.
+
+    Raises:
+        ValueError: they are not there, or cannot be read.
+    """
     is_checkpoint = (folder / MANIFEST).is_file()
     output = folder.resolve().parents[1] if is_checkpoint else folder
     manifest = _read_manifest(folder if is_checkpoint else folder / "checkpoints" / "last")
@@ -133,7 +139,25 @@ def _of_file(path: Path) -> dict[str, Any]:
 
 def _of_mlflow_run(run_id: str, tracking_uri: str | None) -> dict[str, Any]:
     """The arguments in a run's output folder, else those that MLflow keeps of it."""
-    from llm_training.tracking.mlflow_run import ENVIRONMENT_DEFAULTS, resolve_store
+    client, place = open_store(tracking_uri)
+    try:
+        return arguments_of_mlflow_run(client, client.get_run(run_id))
+    except Exception as error:  # whatever a server, its network or a database can come up with
+        raise ValueError(
+            f"{place} has no such run, or cannot be asked: {reason_of(error)}"
+        ) from None
+
+
+def open_store(tracking_uri: str | None) -> tuple[Any, str]:
+    """A client of MLflow's store, and what messages call the store.
+
+    Args:
+        tracking_uri: None: as for a new run.
+
+    Raises:
+        ValueError: it is a file that is not there.
+    """
+    from llm_training.tracking.mlflow_store import ENVIRONMENT_DEFAULTS, resolve_store
     from llm_training.tracking.redaction import redact_url
 
     uri = resolve_store(tracking_uri)
@@ -145,16 +169,34 @@ def _of_mlflow_run(run_id: str, tracking_uri: str | None) -> dict[str, Any]:
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient  # 1.4 s
 
-    client = MlflowClient(uri)
-    try:
-        parameters = dict(client.get_run(run_id).data.params)
-        output = Path(parameters.get("output_dir", ""))
-        if _run_id_of(output) == run_id:  # which knows a drawn seed, too
-            return _of_folder(output)
-        return _of_artifact(client, run_id) or _of_parameters(parameters)
-    except Exception as error:  # whatever a server, its network or a database can come up with
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{place} has no such run, or cannot be asked: {reason}") from None
+    return MlflowClient(uri), place
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what MLflow says."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def arguments_of_mlflow_run(client: Any, run: Any) -> dict[str, Any]:
+    """The arguments in a run's output folder, else those that MLflow keeps of it.
+
+    Args:
+        client: a `mlflow.MlflowClient`.
+        run: a `mlflow.entities.Run`.
+
+    Raises:
+        ValueError: there are none.
+    """
+    output = output_of_mlflow_run(run)
+    if output is not None:  # it knows a drawn seed, too
+        return arguments_of_folder(output)
+    return _of_artifact(client, run.info.run_id) or _of_parameters(run.data.params)
+
+
+def output_of_mlflow_run(run: Any) -> Path | None:
+    """The output folder of a run, where it is on this machine and still that run's."""
+    output = Path(run.data.params.get("output_dir", ""))
+    return output if _run_id_of(output) == run.info.run_id else None
 
 
 def _of_artifact(client: Any, run_id: str) -> dict[str, Any] | None:

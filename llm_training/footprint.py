@@ -99,6 +99,18 @@ def state_parts(
             return StateParts((computing + 4) / n, computing / n, moments / n)
 
 
+def frozen_bytes(backend: Backend, processes: int, *, is_half: bool = True) -> float:
+    """Bytes on each process for each parameter that is not trained: weights alone."""
+    computing = 2 if is_half else 4
+    per_backend = {
+        "fsdp": 4 / processes,
+        "zero1": computing,
+        "zero2": computing,
+        "zero3": computing / processes,
+    }
+    return per_backend.get(backend, 4)
+
+
 def working_bytes(shape: ModelShape, backend: Backend, *, is_half: bool = True) -> float:
     """Bytes of weights that are whole for a moment: of the block at work and the next one."""
     if backend not in ("fsdp", "zero3"):

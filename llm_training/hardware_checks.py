@@ -47,6 +47,9 @@ def _tracker_problems(arguments: Arguments) -> Iterator[str]:
     for tracker in sorted({*report_to} - {"none"}):
         if not is_installed(tracker):
             yield f"report_to={tracker} is not installed: pip install {tracker}, or report_to=none"
+    name = arguments.register_model
+    if name is not None and set(name) & set("/:"):
+        yield f"register_model={name} cannot name a model in MLflow: use no slash and no colon"
 
 
 def is_installed(package: str) -> bool:

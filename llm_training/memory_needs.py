@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from arguments import Arguments, BatchSizes
-from llm_training.footprint import Backend, format_bytes, state_parts
+from llm_training.footprint import Backend, format_bytes, frozen_bytes, state_parts
 from llm_training.launch_settings import LaunchSettings
 from llm_training.optim import block_matrices, split_by_decay
 from llm_training.traced_memory import Outline, Passes, TracedBytes, TraceError
@@ -77,12 +77,15 @@ def estimate_memory(
         document_mask: whether documents of a row do not see each other.
     """
     backend, half, model = backend_of(launch), HALF_TYPES.get(precision), outline.model
-    count = sum(parameter.numel() for parameter in model.parameters())
+    count = _count([p for p in model.parameters() if p.requires_grad])
     accumulates = batch.accumulation > 1
     is_cut = backend in ("fsdp", "zero3") and launch.tp_size == 1
+    num_pieces = max(launch.num_processes, launch.tp_size)
+    frozen = _count([p for p in model.parameters() if not p.requires_grad])
+    frozen_weights = frozen * frozen_bytes(backend, num_pieces, is_half=half is not None)
     state = state_parts(
         backend,
-        max(launch.num_processes, launch.tp_size),
+        num_pieces,
         is_half=half is not None,
         accumulates=accumulates,
         moments=optimizer_bytes(model, arguments.optim) / count,
@@ -95,7 +98,7 @@ def estimate_memory(
         weights_are_half=half is not None and (is_cut or backend in ("zero1", "zero2")),
         document_mask=document_mask,
     )
-    steady, gradients = state.total * count, state.gradients * count
+    steady, gradients = state.total * count + frozen_weights, state.gradients * count
     training, evaluating, remark = _trace(outline, passes, arguments.per_device_eval_batch_size)
     if training and backend in ("single", "ddp") and not accumulates:
         peak = max(steady, steady - gradients + training.with_gradients)
@@ -110,7 +113,7 @@ def estimate_memory(
     if launch.tp_size > 1:
         remark = remark or "activations as on one device, with more they are fewer"
     return MemoryNeed(
-        weights=round(state.weights * count),
+        weights=round(state.weights * count + frozen_weights),
         gradients=round(gradients),
         optimizer=round(state.optimizer * count),
         exchange=round(state.buffers * count),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
 from llm_training.checkpointing import SaveError
@@ -16,6 +15,7 @@ from llm_training.deadline import OPEN_STEPS, Pauses, Readings
 from llm_training.export import export_model
 from llm_training.ranks import sum_over_ranks, tensor_parallel_size
 from llm_training.run import Run, make_plan_anew
+from llm_training.system_metrics import held_memory
 from llm_training.tracking import progress_line
 
 
@@ -31,11 +31,12 @@ def log_progress(run: Run, learning_rate: float, grad_norm: float) -> None:
     if (epoch := run.plan.epoch(state.samples)) is not None:
         metrics["train/epoch"] = epoch
     if (speed := run.meter.read()) is not None:
-        metrics["perf/tokens_per_second"] = speed
+        metrics |= {f"perf/{name}": value for name, value in dataclasses.asdict(speed).items()}
         if run.mfu_per_speed is not None:
-            metrics["perf/mfu"] = speed * run.mfu_per_speed
-    if (memory := peak_memory(run.accelerator.device)) is not None:
-        metrics["perf/peak_memory_bytes"], metrics["perf/peak_memory_ratio"] = memory
+            metrics["perf/mfu"] = speed.tokens_per_second * run.mfu_per_speed
+    metrics |= held_memory(run.accelerator.device)
+    if run.system_metrics is not None:
+        metrics |= run.system_metrics.read()
     if num_skipped := run.health.state.num_skipped:
         metrics["train/skipped_steps"] = num_skipped
     state.logged_loss_sum, state.logged_tokens = 0.0, 0
@@ -45,17 +46,6 @@ def log_progress(run: Run, learning_rate: float, grad_norm: float) -> None:
     if total_steps is None:
         seconds_left = max(0.0, run.deadline.seconds_left)
     run.tracking.say(progress_line(state.step, total_steps, metrics, seconds_left))
-
-
-def peak_memory(device: torch.device) -> tuple[int, float] | None:
-    """Most bytes that tensors held at once on this process's GPU, and as a share of its memory.
-
-    The device is not asked, and not waited for.
-    """
-    if device.type != "cuda":
-        return None
-    peak = torch.cuda.max_memory_allocated(device)
-    return peak, peak / torch.cuda.get_device_properties(device).total_memory
 
 
 def save(run: Run, *, is_best: bool = False, must_succeed: bool = True) -> None:
@@ -81,6 +71,7 @@ def save(run: Run, *, is_best: bool = False, must_succeed: bool = True) -> None:
             run.checkpoints.save(state, is_best=is_best)
             if must_succeed:
                 run.checkpoints.wait()
+            run.tracking.flush(run.output.artifacts())
         except SaveError as error:
             if must_succeed or run.arguments.on_save_error == "stop":
                 raise
@@ -130,7 +121,7 @@ def review_length(run: Run) -> None:
     if not deadline.is_due(step):
         return
     pauses = Pauses(
-        eval_steps=run.arguments.eval_steps if run.validation is not None else None,
+        eval_steps=run.arguments.eval_steps if run.validation else None,
         save_steps=run.arguments.save_steps,
     )
     readings = Readings(*of_first_rank(run, *dataclasses.astuple(deadline.readings())))

@@ -15,6 +15,7 @@ from llm_training.health import (
     write_dump,
 )
 from llm_training.run import OpenStep, Run, StepResult, build_health, make_plan_anew
+from llm_training.samples import rewind_samples
 
 MAX_DUMPS = 100  # of a run: with many spikes, the first ones tell enough
 
@@ -84,6 +85,8 @@ def go_back(run: Run) -> bool:
     run.health = build_health(run.arguments, run.state)
     note_rewind(run.health.state, before, passed)
     run.tracking.go_back(run.state.step)
+    if run.accelerator.is_main_process:
+        rewind_samples(run.output.samples, run.state.step)
     return True
 
 

@@ -27,7 +27,8 @@ from llm_training.chunked_loss import (
     positions_per_chunk,
     why_not_chunked,
 )
-from llm_training.losses import count_correct_tokens, shift_labels, token_loss_sum
+from llm_training.lora import adapters_of
+from llm_training.losses import likeliest_tokens, row_losses, shift_labels, token_loss_sum
 from llm_training.packed_rows import rows_known
 from llm_training.vocab_padding import PaddedHead, pad_vocab, trained_shape, why_not_padded
 from llm_training.zero_init import whole_models, whole_shape
@@ -68,7 +69,8 @@ class CausalLMWithLoss(nn.Module):
         labels: Tensor | None = None,
         next_tokens: Tensor | None = None,
         position_ids: Tensor | None = None,
-        count_correct: bool = False,
+        per_row: bool = False,
+        with_guesses: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """The loss of a micro-batch.
 
@@ -80,12 +82,14 @@ class CausalLMWithLoss(nn.Module):
             position_ids: (B, T) int64, where they are not 0 to T - 1: where ranks share a row, and
                 under a document mask, where they begin at 0 in each document. Attention then stays
                 within the documents: transformers tells them apart by these numbers.
-            count_correct: whether the likeliest guesses are compared with the labels.
+            per_row: whether each row's loss is asked for, as in evaluation: without a gradient.
+            with_guesses: whether the likeliest tokens are asked for, beside the loss of each row.
 
         Returns:
-            The loss in nats summed over the predicted tokens (scalar float32), and how many
-            tokens were guessed right (scalar int64) or None. Without labels the logits (B, T, V),
-            minus infinity where they stand for no token, and None.
+            The loss in nats summed over the predicted tokens, float32, a scalar or (B,); and the
+            likeliest token of each position ((B, T) int64, anything where nothing is predicted) or
+            None. Without labels the logits (B, T, V), minus infinity where they stand for no token,
+            and None.
         """
         # Ranks that share a row hand over its positions as well: they part no documents.
         are_packed = position_ids is not None and next_tokens is None
@@ -93,15 +97,17 @@ class CausalLMWithLoss(nn.Module):
             next_tokens = shift_labels(labels)
         if next_tokens is not None and self._chunked_heads:
             (head,) = self._chunked_heads
-            with head.judging(next_tokens, count_correct):
+            with head.judging(next_tokens, per_row=per_row, with_guesses=with_guesses):
                 loss = self._head_output(input_ids, position_ids, are_packed)
-            return loss, head.take_correct()
+            return loss, head.take_guesses()
         logits = self._head_output(input_ids, position_ids, are_packed)
         logits = logits.view(*input_ids.shape, -1)
         if next_tokens is None:
             return logits, None
-        correct = count_correct_tokens(logits, next_tokens) if count_correct else None
-        return token_loss_sum(logits, next_tokens), correct
+        if per_row:
+            guesses = likeliest_tokens(logits) if with_guesses else None
+            return row_losses(logits, next_tokens), guesses
+        return token_loss_sum(logits, next_tokens), None
 
     def _head_output(
         self, input_ids: Tensor, position_ids: Tensor | None, are_packed: bool
@@ -302,25 +308,28 @@ def check_row_split(model: PreTrainedModel, block_size: int, cp_size: int) -> No
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Trained parameters, all and those outside of embedding tables; tied ones count once.
+    """Parameters, all and those outside of embedding tables; tied ones count once.
 
-    Rows that only pad the vocabulary are not counted.
+    Those that adapters leave as they are count too, rows that only pad the vocabulary do not.
     """
     embedded = {
         id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
     }
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return (
-        sum(trained_shape(p).numel() for p in trained),
-        sum(trained_shape(p).numel() for p in trained if id(p) not in embedded),
-    )
+    sizes = {id(p): trained_shape(p).numel() for p in model.parameters()}
+    return sum(sizes.values()), sum(size for key, size in sizes.items() if key not in embedded)
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """The model's size, a hash over the names, shapes and types of its weights, and its padding."""
+    """The model's size, a hash over the names, shapes and types of its weights, and its padding.
+
+    With adapters also which weights are trained, and a checksum of those that are not.
+    """
     shapes = {name: whole_shape(p) for name, p in model.named_parameters()}
     # Weights are built in float32; ZeRO-3 may hold parts of them in another type.
     layout = [(name, list(shape), "torch.float32") for name, shape in shapes.items()]
+    adapters = adapters_of(model)
+    if adapters is not None:
+        layout += [(n, [], "trained") for n, p in model.named_parameters() if p.requires_grad]
     digest = hashlib.sha256(json.dumps(layout).encode()).hexdigest()[:12]
     size = f"{sum(shape.numel() for shape in shapes.values()):,} parameters ({digest})"
     heads = [module for module in model.modules() if isinstance(module, PaddedHead)]
@@ -329,7 +338,8 @@ def model_fingerprint(model: nn.Module) -> str:
         for head in heads
         if head.num_tokens < head.out_features
     ]
-    return size + "".join(padding)
+    base = "" if adapters is None else f", adapters for the base weights {adapters.base_mark}"
+    return size + "".join(padding) + base
 
 
 def _split_matrices(model: PreTrainedModel, tp_size: int) -> PreTrainedModel:

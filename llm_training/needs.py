@@ -90,9 +90,13 @@ def estimate_needs(
         precision=precision,
         document_mask=document_mask,
     )
+    sizes = [(p.numel(), p.requires_grad) for p in outline.model.parameters()]
+    trained = sum(size for size, is_trained in sizes if is_trained)
+    is_adapter = arguments.lora_rank is not None and not arguments.merge_adapter
     disk = estimate_disk(
         arguments,
-        num_parameters=sum(parameter.numel() for parameter in outline.model.parameters()),
+        num_parameters=trained,
+        model_parameters=trained if is_adapter else sum(size for size, _ in sizes),
         optimizer_bytes=optimizer_bytes(outline.model, arguments.optim),
         backend=backend_of(launch),
         is_half=precision != "fp32",

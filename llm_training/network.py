@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from accelerate import Accelerator
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from arguments import Arguments, BatchSizes
 from llm_training.argument_checks import masks_documents
@@ -15,6 +15,7 @@ from llm_training.cpu_speed import fast_path_line, fuse_gelu, keep_memory_warm
 from llm_training.float8 import Float8Error, use_float8
 from llm_training.gpu_speed import Kernel, LigerError, choose_attention, set_tf32, use_liger_kernel
 from llm_training.launch_settings import LaunchSettings
+from llm_training.lora import LoraError, add_adapters
 from llm_training.modeling import (
     CausalLMWithLoss,
     ModelError,
@@ -49,6 +50,7 @@ def build_network(
     with_kernel = dataclasses.replace(arguments, attn_implementation=kernel)
     model = build_model(config, with_kernel, tp_size=launch.tp_size)
     vocab_lines = fit_vocab(model, arguments, tp_size=launch.tp_size)
+    lora_lines = put_adapters(model, arguments)
     check_row_split(model, block_size, launch.cp_size)
     rows_at_once = max(batch.per_device, arguments.per_device_eval_batch_size or 0)
     is_chunked, lines = choose_chunked_loss(
@@ -70,7 +72,19 @@ def build_network(
         lines = [keep_compiled_code(arguments.cache_dir, scope), *lines]
     network = CausalLMWithLoss(model, chunked_loss=is_chunked)
     gpu_lines += kernel_lines + speed_up(accelerator, arguments, network)
-    return network, [*gpu_lines, *vocab_lines, *lines]
+    return network, [*lora_lines, *gpu_lines, *vocab_lines, *lines]
+
+
+def put_adapters(model: PreTrainedModel, arguments: Arguments) -> list[str]:
+    """`add_adapters` where they are asked for; returns what the log says of them.
+
+    Raises:
+        ModelError: the model has no place for them.
+    """
+    try:
+        return add_adapters(model, arguments)
+    except LoraError as error:
+        raise ModelError(str(error)) from error
 
 
 def choose_kernel(

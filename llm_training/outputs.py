@@ -5,6 +5,9 @@
 - `ledger.json`: what became of every document and every token
 - `provenance.json`: data, sizes, hardware, versions and revision that it ran with
 - `train_log.jsonl`: one object a line: step, train/loss, ...
+- `samples.jsonl`: what the model made of the prompts, an object for each text; `samples.json`: the
+  same as a table
+- `tracking.json`: what a tracker is told of the run, so that it can be sent later
 - `mlflow_run_id.txt`: the MLflow run that a resumed run continues, where MLflow is in use
 - `checkpoints/`: `step-00000200`, `last`, `best`
 - `final/`: the finished model, a plain Hugging Face folder
@@ -53,6 +56,7 @@ class OutputFolder:
         self.provenance = self.path / "provenance.json"
         self.ledger = self.path / "ledger.json"
         self.log = self.path / "train_log.jsonl"
+        self.samples = self.path / "samples.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.final = self.path / "final"
         self.best = self.path / "best"
@@ -174,6 +178,9 @@ class OutputFolder:
         """What a tracker keeps of a run, beside its numbers, however it ends."""
         files = [self.arguments, self.arguments_with_origins]
         files += [self.provenance, self.ledger, self.log]
+        files += self.checkpoints.glob("last/manifest.json")
+        samples = (self.samples, self.samples.with_suffix(".json"))  # where there were prompts
+        files += [path for path in samples if path.exists()]
         return files + sorted(self.skipped.glob("*.json"))
 
     def changed_arguments(self, arguments: Arguments) -> dict[str, tuple[Any, Any]]:

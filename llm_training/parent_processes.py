@@ -260,7 +260,10 @@ def short_run_settings(arguments: Arguments, output_dir: Path, num_steps: int) -
         "allow_resume_change": [],
         "eval_only": False,
         "early_stopping_patience": None,
-        "sample_prompt": None,
+        "early_stopping_min_delta_unit": "absolute",
+        "sample_prompt": [],
+        "sample_validation_prompts": 0,
+        "sample_steps": None,
         "logging_steps": 1,
         "report_to": ["none"],
         "verify_resume": None,  # the children train

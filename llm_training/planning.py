@@ -68,7 +68,7 @@ class Plan:
             f"Batch    {batch.global_batch} rows = {batch.per_device} per device"
             f" x {batch.accumulation} accumulated x {batch.processes} processes"
             f" = {self.tokens_per_step:,} tokens a step",
-            f"Length   {self._length()}",
+            f"Length   {self.length()}",
             *self.rate_lines((0, self.schedule.warmup_steps, self.total_steps - 1)),
         ]
 
@@ -85,7 +85,8 @@ class Plan:
         rates = [f"{self.schedule.at(step):.2e} at step {step + 1:,}" for step in known]
         return [f"Rate     {', '.join(rates)}"]
 
-    def _length(self) -> str:
+    def length(self) -> str:
+        """Steps, epochs and tokens of the whole run, or its hours, for a person."""
         if self.hours is None:
             epochs = f"{self.epoch(self.num_samples):.2f} epochs = " if self.rows else ""
             tokens = self.num_samples * self.block_size

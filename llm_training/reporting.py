@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from llm_training.launch import describe_threads, has_bf16
 from llm_training.model_state import StateForm
 from llm_training.modeling import CausalLMWithLoss, count_parameters
 from llm_training.resume_classes import effect_of_change
+from llm_training.samples import Sample, summary_of
 
 
 def model_line(accelerator: Accelerator, network: CausalLMWithLoss) -> str:
@@ -40,17 +43,35 @@ def model_line(accelerator: Accelerator, network: CausalLMWithLoss) -> str:
     )
 
 
-def row_lines(train: Rows | None, validation: Rows | None) -> list[str]:
-    """What becomes of every token in the rows of one epoch."""
+def row_lines(train: Rows | None, validation: Mapping[str, Rows]) -> list[str]:
+    """What becomes of every token in the rows of one epoch.
+
+    Args:
+        validation: by the name of the set, "" for the main one.
+    """
     lines = []
-    for split, rows in (("train", train), ("validation", validation)):
+    splits = [("train", train), ("validation", validation.get(""))]
+    splits += [(f"validation ({name})", rows) for name, rows in validation.items() if name]
+    for split, rows in splits:
         for source, account in (rows.accounts() if rows else {}).items():
             lines.append(f"{split}{f' ({source})' if source else ''}: {account.line()}")
     return lines
 
 
-def full_ledger(data: PreparedData, train: Rows | None, validation: Rows | None) -> dict[str, Any]:
+def full_ledger(
+    data: PreparedData, train: Rows | None, validation: Mapping[str, Rows]
+) -> dict[str, Any]:
     """What became of every document, and of every token in rows, in plain values."""
+    ledger = _ledger(data, train, validation.get(""))
+    if data.validation_sets:
+        ledger["validation_sets"] = {
+            name: _ledger(part, None, validation.get(name))
+            for name, part in data.validation_sets.items()
+        }
+    return ledger
+
+
+def _ledger(data: PreparedData, train: Rows | None, validation: Rows | None) -> dict[str, Any]:
     parts = data.parts or {"": data}
     return {
         "documents": {name: part.ledger.to_dict() for name, part in parts.items()},
@@ -82,6 +103,7 @@ def provenance(
         "data_fingerprint": data.fingerprint,
         "train_tokens": data.num_tokens("train"),
         "validation_tokens": data.num_tokens("validation"),
+        **_set_provenance(data),
         "num_parameters": parameters,
         "num_parameters_outside_embeddings": outside_embeddings,
         "flops_per_token": model_flops_per_token(network, network.config, block_size),
@@ -97,6 +119,17 @@ def provenance(
         "accelerate_version": accelerate.__version__,
         "transformers_version": transformers.__version__,
         "git_revision": git_revision(),
+    }
+
+
+def _set_provenance(data: PreparedData) -> dict[str, Any]:
+    """Size and fingerprint of each further validation set, where there are any."""
+    sets = data.validation_sets
+    if not sets:
+        return {}
+    return {
+        "validation_set_tokens": {n: own.num_tokens("validation") for n, own in sets.items()},
+        "validation_set_fingerprints": {name: own.fingerprint for name, own in sets.items()},
     }
 
 
@@ -143,6 +176,12 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
             f" end, {result['best_loss']:.4f} at best (step {result['best_step']}): validation,"
             " nats per token"
         )
-    if result["sample"] is not None:
+    best = result.get("best")
+    if best is not None and best["metric"] != "eval/loss":
+        lines.append(f"Best     {best['metric']} {best['value']:.4f} at step {best['step']}")
+    if samples := result.get("samples"):
+        width = shutil.get_terminal_size((100, 24)).columns
+        lines += summary_of([Sample(**sample) for sample in samples], width)
+    elif result.get("sample") is not None:  # of a run before there were several
         lines += ["Sample", *("    " + line for line in result["sample"].splitlines())]
     return [*lines, f"Model    {result['model']}", f"Review   {result['review']}"]

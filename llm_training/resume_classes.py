@@ -35,8 +35,9 @@ CHANGES_RESULT = {
         " deterministic gradient_checkpointing chunked_loss cpu_fast_path use_liger_kernel"
         " torch_compile torch_compile_scope torch_compile_mode device num_threads",
         "evaluations, the best checkpoint and an early stop change from here on, the curve of"
-        " training does not": "eval_steps eval_max_batches metric_for_best_model greater_is_better"
-        " early_stopping_patience early_stopping_min_delta early_stopping_min_delta_unit",
+        " training does not": "validation_sets eval_steps eval_max_batches metric_for_best_model"
+        " greater_is_better early_stopping_patience early_stopping_min_delta"
+        " early_stopping_min_delta_unit",
     }.items()
     for name in names.split()
 }
@@ -49,7 +50,7 @@ BREAKS_RESUME = {
         "model": "model_name_or_path model_type config_overrides pad_vocab_to_multiple_of lora_rank"
         " lora_target_modules lora_modules_to_save use_dora",
         "optimizer": "optim",
-        "data": "train_file validation_file validation_sets exclude_files dataset_name"
+        "data": "train_file validation_file exclude_files dataset_name"
         " dataset_config_name dataset_split dataset_validation_split"
         " dataset_revision streaming shuffle_buffer_size train_mixture text_column"
         " messages_column prompt_column completion_column chat_template"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from arguments import Arguments, BatchSizes, describe, resolve_batch_sizes
+from arguments import Arguments, BatchSizes, resolve_batch_sizes
 from llm_training.checkpointing import Checkpoint, CheckpointFolder, agree_on_checkpoint
 from llm_training.compiling import mark_graph_steps
 from llm_training.control_files import ControlFiles
@@ -43,9 +44,17 @@ from llm_training.reporting import (
     row_lines,
 )
 from llm_training.resolved_arguments import as_settings
-from llm_training.run_data import build_data, build_validation, build_windows, try_document_mask
+from llm_training.run_data import (
+    build_data,
+    build_token_bytes,
+    build_validation,
+    build_windows,
+    try_document_mask,
+)
+from llm_training.run_record import record_of_run
 from llm_training.state import TrainState
 from llm_training.stopping import StopRequest
+from llm_training.system_metrics import SystemMetrics
 from llm_training.throughput import Throughput
 from llm_training.tracking import Tracking, redact
 from llm_training.updates import UnseenStep
@@ -66,7 +75,8 @@ class Run:
     optimizer: AcceleratedOptimizer
     tokenizer: PreTrainedTokenizerBase | None
     windows: Windows
-    validation: Rows | None
+    validation: Mapping[str, Rows]  # by the name of the set; "": the main one
+    token_bytes: NDArray[np.int32] | None  # of each token, (V,), where they are counted
     checkpoints: CheckpointFolder
     checkpoint: Checkpoint | None
     state: TrainState
@@ -75,6 +85,7 @@ class Run:
     facts: dict[str, Any]
     meter: Throughput
     mfu_per_speed: float | None  # model FLOPs utilization at 1 token a second, where it is known
+    system_metrics: SystemMetrics | None  # of rank 0's machine, where a tracker shows them
     health: HealthMonitor
     request: StopRequest
     controls: ControlFiles
@@ -178,8 +189,14 @@ def build_run(
         accelerator,
         arguments,
         output.path,
-        parameters=describe(arguments) | facts,
-        resumed_step=checkpoint.step if checkpoint else None,
+        record=record_of_run(
+            arguments,
+            facts,
+            data,
+            data_mark,
+            plan.length(),
+            resumed_step=checkpoint.step if checkpoint else None,
+        ),
     )
     return Run(
         arguments=arguments,
@@ -191,6 +208,7 @@ def build_run(
         tokenizer=data.tokenizer,
         windows=windows,
         validation=validation,
+        token_bytes=build_token_bytes(arguments, data),
         checkpoints=checkpoints,
         checkpoint=checkpoint,
         state=state,
@@ -199,13 +217,14 @@ def build_run(
         facts=facts,
         meter=Throughput(),
         mfu_per_speed=utilization(facts["flops_per_token"], peak_of_all(accelerator)),
+        system_metrics=system_metrics_of(arguments, accelerator, output),
         health=build_health(arguments, state),
         request=request,
         controls=ControlFiles(output.path, say=accelerator.print),
         deadline=Deadline.of_run(
             arguments.max_train_hours,
             state.deadline,
-            evaluates=validation is not None,
+            evaluates=bool(validation),
             checkpoint_bytes=12 * facts["num_parameters"],  # weights and two moments, in fp32
             model_bytes=4 * facts["num_parameters"],
         ),
@@ -313,6 +332,14 @@ def run_identity(
         "block_size": plan.block_size,
         "global_batch_size": plan.batch.global_batch,
     }
+
+
+def system_metrics_of(
+    arguments: Arguments, accelerator: Accelerator, output: OutputFolder
+) -> SystemMetrics | None:
+    """What watches this machine; rank 0 alone logs, and without a tracker nobody would look."""
+    is_shown = arguments.log_system_metrics and arguments.report_to != ["none"]
+    return SystemMetrics(output.path) if is_shown and accelerator.is_main_process else None
 
 
 def build_health(arguments: Arguments, state: TrainState) -> HealthMonitor:

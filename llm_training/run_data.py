@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -12,8 +14,15 @@ from arguments import Arguments, BatchSizes
 from llm_training.data import PreparedData, prepare_data
 from llm_training.data.rows.ahead import Windows, prepare_for_device
 from llm_training.data.rows.store_rows import Rows
-from llm_training.data.rows.windows import TrainingWindows, validation_rows
+from llm_training.data.rows.windows import (
+    TrainingWindows,
+    validation_rows,
+    validation_set_rows,
+)
+from llm_training.data.tokens.token_bytes import bytes_per_token
 from llm_training.document_mask import check_document_mask
+from llm_training.evaluation_checks import own_name
+from llm_training.metrics import MetricError, check_metrics
 from llm_training.modeling import CausalLMWithLoss, fit_config, load_config
 from llm_training.planning import Plan
 from llm_training.ranks import data_parallel, local_main_first
@@ -51,15 +60,45 @@ def build_validation(
     data: PreparedData,
     block_size: int,
     batch: BatchSizes,
-) -> Rows | None:
-    """The rows that the model is judged on, where it is."""
+) -> dict[str, Rows]:
+    """The rows that the model is judged on, where it is, by the name of their set; "": the main.
+
+    Raises:
+        MetricError: one that is to be computed on them cannot be.
+    """
     if arguments.eval_steps is None and not arguments.eval_only:
-        return None
+        return {}
+    check_metric_for_best_model(arguments, check_metrics(arguments.eval_metrics))
     rows = validation_rows(data, arguments, block_size)
     if rows is None and arguments.streaming:
         num_rows = (arguments.eval_max_batches or 1) * batch.global_batch
         rows = streamed_validation(arguments, accelerator, data, block_size, num_rows)
-    return rows
+    main = {} if rows is None else {"": rows}
+    return main | validation_set_rows(data, arguments, block_size)
+
+
+def check_metric_for_best_model(arguments: Arguments, names: Sequence[str]) -> None:
+    """Makes sure that the metric to go by is among those that are computed on each set.
+
+    Args:
+        names: what the metrics of --eval_metrics call their results.
+
+    Raises:
+        MetricError: it is not.
+    """
+    if own_name(arguments) not in ("loss", *names):
+        raise MetricError(
+            f"--metric_for_best_model {arguments.metric_for_best_model} will not be there: what is"
+            f" measured is called {', '.join(('loss', *names))}. Go by one of these, as"
+            " eval/NAME, or of a set eval/SET/NAME."
+        )
+
+
+def build_token_bytes(arguments: Arguments, data: PreparedData) -> NDArray[np.int32] | None:
+    """The bytes of each token, (V,), where what is measured needs them and a tokenizer tells."""
+    if data.tokenizer is None or "bits_per_byte" not in arguments.eval_metrics:
+        return None
+    return bytes_per_token(data.tokenizer)
 
 
 def build_windows(

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_training.data import DataError, PreparedData, prepare_data
 from llm_training.data.rows.store_rows import IGNORE_INDEX, Rows
-from llm_training.data.rows.windows import train_rows, validation_rows
+from llm_training.data.rows.windows import train_rows, validation_rows, validation_set_rows
 from llm_training.modeling import ModelError, fit_config, load_config
 from llm_training.reporting import row_lines
 
@@ -40,19 +40,22 @@ def main(arguments: Arguments, num_rows: int) -> int:
         config = load_config(arguments, data.tokenizer)
         block_size = fit_config(config, arguments, data.vocab_size, arguments.block_size)
         rows = train_rows(data, arguments, block_size)
-        validation = validation_rows(data, arguments, block_size)
+        main_rows = validation_rows(data, arguments, block_size)
+        sets = validation_set_rows(data, arguments, block_size)
     except (DataError, ModelError) as error:
         print(f"show_data: {error}", file=sys.stderr)
         return 1
-    shown = rows or validation
-    assert shown is not None, "there is either"
     print("\n".join(data.lines()))
-    print("\n".join(row_lines(rows, validation)))
+    print("\n".join(row_lines(rows, ({} if main_rows is None else {"": main_rows}) | sets)))
     if rows is not None:
         print(epoch_line(rows, resolve_batch_sizes(arguments, 1)))
-    numbers = shown.at(np.arange(min(num_rows, shown.num_rows)), arguments.seed or 0)
-    for line in shown_rows(shown, numbers, data, use_color=sys.stdout.isatty()):
-        print(line)
+    use_color = sys.stdout.isatty()
+    if (shown := rows or main_rows) is not None:
+        numbers = shown.at(np.arange(min(num_rows, shown.num_rows)), arguments.seed or 0)
+        print("\n".join(shown_rows(shown, numbers, data, use_color=use_color)))
+    for name, of_set in sets.items():
+        print(f"\nValidation set {name}:")
+        print("\n".join(shown_rows(of_set, range(1), data, use_color=use_color)))
     return 0
 
 

@@ -7,6 +7,25 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Steady speed over one logging interval, pauses left out.
+
+    Attributes:
+        tokens_per_second: of all processes.
+        step_seconds: mean of the steps, each from the end of the one before.
+        data_wait_ratio: share of that time in which this process's loop stood still for its next
+            window, 0 to 1. It is the host's wait: what a GPU still had to compute meanwhile is not
+            taken off, so there it is the most that faster data could save, and near 0 means that
+            data costs nothing.
+    """
+
+    tokens_per_second: float
+    step_seconds: float
+    data_wait_ratio: float
 
 
 class Throughput:
@@ -29,14 +48,27 @@ class Throughput:
         self._tokens = 0
         self._steps = 0
         self._seconds = 0.0
+        self._waited_seconds = 0.0
+        self._open_wait_seconds = 0.0  # in the step that is not counted yet
 
     def update(self, tokens: int) -> None:
         """Counts one finished optimizer step over `tokens` tokens (of all processes)."""
         now = self._clock()
         self._seconds += now - self._mark
         self._mark = now
+        self._waited_seconds += self._open_wait_seconds
+        self._open_wait_seconds = 0.0
         self._tokens += tokens
         self._steps += 1
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts its time as waiting for data; not for use inside `paused()`."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._open_wait_seconds += self._clock() - began
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -47,17 +79,19 @@ class Throughput:
         finally:
             self._mark = mark + self._clock() - began
 
-    def read(self) -> float | None:
-        """Tokens per second since the last reading, and a new interval begins.
+    def read(self) -> Reading | None:
+        """The speed since the last reading, and a new interval begins.
 
         None where no step was counted, or no time passed.
         """
         tokens, steps, seconds = self._tokens, self._steps, self._seconds
-        self._tokens, self._steps, self._seconds = 0, 0, 0.0
+        waited_seconds = self._waited_seconds
+        self._tokens, self._steps, self._seconds, self._waited_seconds = 0, 0, 0.0, 0.0
         if steps == 0 or seconds <= 0:
             return None
-        self._recent_seconds_per_step.append(seconds / steps)
-        return tokens / seconds
+        step_seconds = seconds / steps
+        self._recent_seconds_per_step.append(step_seconds)
+        return Reading(tokens / seconds, step_seconds, waited_seconds / seconds)
 
     def seconds_left(self, steps_left: int) -> float | None:
         """Seconds that so many more steps take, pauses not included; None before a reading.

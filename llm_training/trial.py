@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from arguments import Arguments
-from llm_training.evaluation import evaluate
+from llm_training.evaluation import evaluate_sets
 from llm_training.launch import seed_everything
 from llm_training.outputs import OutputFolder
 from llm_training.planning import Plan
@@ -118,6 +118,9 @@ def trial_arguments(arguments: Arguments, folder: str) -> Arguments:
         save_best=False,
         resume_from_checkpoint="auto",
         early_stopping_patience=None,
+        sample_prompt=[],
+        sample_validation_prompts=0,
+        sample_steps=None,
         max_rewinds=0,
         leakage_report=False,
     )
@@ -127,15 +130,22 @@ def _run(
     arguments: Arguments, output: OutputFolder, request: StopRequest, train: Callable[[Run], None]
 ) -> Measured:
     run = build_run(arguments, output, request)
-    validation, run.validation = run.validation, None  # the loop would begin and end with it
+    validation, run.validation = run.validation, {}  # the loop would begin and end with it
     try:
         seed_everything(run.state.seed, rank=run.accelerator.process_index)
         train(run)
         ended = time.time()
         began = time.perf_counter()
-        if validation is not None:
-            evaluate(run.accelerator, run.model, validation, arguments, run.plan.batch)
-        evaluation = time.perf_counter() - began if validation is not None else None
+        if validation:
+            evaluate_sets(
+                run.accelerator,
+                run.model,
+                validation,
+                arguments,
+                run.plan.batch,
+                token_bytes=run.token_bytes,
+            )
+        evaluation = time.perf_counter() - began if validation else None
         run.accelerator.wait_for_everyone()
     finally:
         run.windows.close()

@@ -11,6 +11,108 @@ PRODUCT_OF_8 = "per_device_train_batch_size=4 x gradient_accumulation_steps=2 x 
 CODE = {"train_file": "${PYTHON_STDLIB}", "weight": 3}
 CHAT = {"tokenizer_name": "gpt2", "messages_column": "messages"}
 
+TEXTS = {"validation_file": "${PYTHON_STDLIB}"}
+ERRORS = {"early_stopping_min_delta": 2, "early_stopping_min_delta_unit": "standard_errors"}
+
+# Mistakes in how the model is judged.
+BAD_EVALUATIONS: list[tuple[dict[str, Any], list[str]]] = [
+    ({"validation_sets": {"math": "math.txt"}}, ['math takes an object like {"validation_file"']),
+    ({"validation_sets": {"math": {"train_file": "a"}}}, ["math cannot set train_file"]),
+    ({"validation_sets": {"math": TEXTS | {"weight": 2}}}, ["math cannot set weight"]),
+    ({"validation_sets": {"math": {"validation_file": 3}}}, ["math, validation_file takes text"]),
+    ({"validation_sets": {"math": {}}}, ["validation_sets, math: no data", "validation_file"]),
+    (
+        {"validation_sets": {"math": {"validation_file": "no math"}}},
+        ["validation_file=no math does not exist"],
+    ),
+    (
+        {"validation_sets": {"math": TEXTS | {"dataset_name": "a/b"}}},
+        ["validation_sets, math: validation_file and dataset_name exclude each other"],
+    ),
+    (
+        {"validation_sets": {"math": TEXTS | {"dataset_revision": "main"}}},
+        ["validation_sets, math: dataset_revision", "no effect without dataset_name"],
+    ),
+    (
+        {"validation_sets": {"math": TEXTS | {"prompt_column": "a"}}, "tokenizer_name": "gpt2"},
+        ["validation_sets, math: prompt_column=a needs completion_column"],
+    ),
+    (
+        {"validation_sets": {"math": TEXTS | {"messages_column": "a"}}, "tokenizer_name": "char"},
+        ["tokenizer_name=char has no chat template"],
+    ),
+    (
+        {
+            "train_file": None,
+            "dataset_name": "a/b",
+            "validation_sets": {"math": {"text_column": "a"}},
+        },
+        ["validation_sets, math: no data of its own", "dataset_validation_split"],
+    ),
+    (
+        {
+            "train_file": None,
+            "dataset_name": "a/b",
+            "streaming": True,
+            "max_steps": 9,
+            "eval_steps": None,
+            "validation_sets": {"math": {"dataset_validation_split": "test"}},
+        },
+        ["validation_sets, math: streaming=true reads no further split", "validation_file"],
+    ),
+    ({"validation_sets": {"my math": TEXTS}}, ['"my math" cannot name a set', "letters"]),
+    ({"validation_sets": {"perplexity": TEXTS}}, ["perplexity is the name of a metric"]),
+    (
+        {
+            "train_file": None,
+            "train_mixture": {"code": CODE},
+            "validation_sets": {"code": TEXTS},
+        },
+        ["validation_sets: code is a source of train_mixture"],
+    ),
+    (
+        {"train_file": None, "train_mixture": {"c(++)": CODE}},
+        ['train_mixture: "c(++)" would stand in the names of metrics'],
+    ),
+    ({"metric_for_best_model": "loss"}, ["=loss is no metric of an evaluation", "eval/loss"]),
+    ({"metric_for_best_model": "eval/math/loss"}, ["no set", "name math; there is none"]),
+    (
+        {"metric_for_best_model": "eval/law/loss", "validation_sets": {"math": TEXTS}},
+        ["no set", "name law; there are math"],
+    ),
+    (
+        {"metric_for_best_model": "eval/perplexity", "eval_metrics": []},
+        ["eval/perplexity is not computed: add perplexity to eval_metrics"],
+    ),
+    (
+        {"metric_for_best_model": "eval/bleu"},
+        ["eval/bleu is not computed: use one of these; there are loss, perplexity"],
+    ),
+    ({"metric_for_best_model": "eval/loss_stderr"}, ["eval/loss_stderr is not computed"]),
+    ({"eval_metrics": ["token_acuracy"]}, ["token_acuracy: did you mean token_accuracy?"]),
+    ({"eval_metrics": ["a/metric.py"]}, ["eval_metrics=a/metric.py does not exist"]),
+    ({"early_stopping_min_delta": -1}, ["early_stopping_min_delta=-1.0", "0 or more"]),
+    (ERRORS, ["=standard_errors has no effect without early_stopping_patience"]),
+    (
+        ERRORS | {"early_stopping_patience": 1, "early_stopping_min_delta": 0},
+        ["early_stopping_min_delta=0 asks for no difference at all", "such as 2"],
+    ),
+    (
+        ERRORS | {"early_stopping_patience": 1, "metric_for_best_model": "eval/token_accuracy"},
+        ["is for a loss", "metric_for_best_model=eval/token_accuracy"],
+    ),
+    (
+        ERRORS
+        | {
+            "early_stopping_patience": 1,
+            "train_file": None,
+            "train_mixture": {"code": CODE},
+            "metric_for_best_model": "eval/code/loss",
+        },
+        ["is not known of a source", "validation_sets too"],
+    ),
+]
+
 # Mistakes in what the data is, on top of a good file.
 BAD_DATA: list[tuple[dict[str, Any], list[str]]] = [
     (
@@ -132,7 +234,6 @@ BAD_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
     ({"lr_scheduler_type": "cosin"}, ["linear|cosine|constant", "did you mean cosine?"]),
     ({"device": "tpu"}, ["device", "auto|cpu|cuda|mps", '"tpu"']),
     ({"report_to": ["mlflow", "tensorbord"]}, ["report_to", "did you mean tensorboard?"]),
-    ({"eval_metrics": ["bleu"]}, ["eval_metrics", "token_accuracy", '"bleu"']),
     # the environment
     ({"cache_dir": "${NOT_SET}/x"}, ["cache_dir", "${NOT_SET}/x", "set NOT_SET"]),
     # ranges
@@ -159,6 +260,17 @@ BAD_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
     ({"model_type": None}, ["no model", "model_name_or_path", "model_type"]),
     ({"model_name_or_path": "gpt2"}, ["model_name_or_path=gpt2 and model_type=gpt2", "exclude"]),
     ({**LOADED, "config_overrides": {"n_layer": 2}}, ["config_overrides", "exclude each other"]),
+    ({"lora_rank": 4}, ["lora_rank=4 and model_type=gpt2", "beside weights that exist"]),
+    ({**LOADED, "lora_alpha": 4}, ["lora_alpha=4.0 has no effect without lora_rank"]),
+    ({**LOADED, "merge_adapter": True}, ["merge_adapter=true has no effect without lora_rank"]),
+    (
+        {**LOADED, "lora_rank": 4, "lora_target_modules": ["all-linear", "c_attn"]},
+        ["all-linear holds the others", "keep it or them"],
+    ),
+    (
+        {**LOADED, "lora_rank": 4, "optim": "muon"},
+        ["lora_rank=4 and optim=muon exclude each other", "use adamw"],
+    ),
     ({"train_file": []}, ["no data", "train_file", "dataset_name"]),
     ({"train_file": [], "eval_only": True}, ["no data for eval_only", "validation_file"]),
     ({"dataset_name": "wikitext"}, ["train_file", "dataset_name=wikitext", "keep one"]),
@@ -193,6 +305,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
     ({"cache_dir": "good.json"}, ["cache_dir=good.json is a file"]),
     ({"run_name": "a/b"}, ["run_name", "a/b", "no slash"]),
     ({"run_name": ".."}, ["run_name", "cannot name a folder"]),
+    ({"register_model": "a/b"}, ["register_model=a/b", "no slash and no colon"]),
     # batch sizes, for one process
     (
         {
@@ -366,7 +479,7 @@ BAD_FLAGS: list[tuple[str, list[str]]] = [
     ("--max_iters 5", ["max_iters", "no such argument", "nanoGPT's", "--max_steps 5"]),
     ("--bf16", ["bf16", "TrainingArguments'", "--mixed_precision bf16"]),
     ("--micro_batch_size 4", ["Megatron-LM's", "--per_device_train_batch_size 4"]),
-    ("--lora_rank 8", ["LLaMA-Factory's", "no counterpart here"]),
+    ("--quantization_bit 4", ["LLaMA-Factory's", "no counterpart here"]),
     ("--batch_size 8", ["several things", "per_device_train_batch_size", "global_batch_size"]),
     ("--optim adamw_torch", ["optim", "adamw|muon|adamw_8bit", '"adamw_torch"']),
 ]

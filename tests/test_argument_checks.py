@@ -7,6 +7,8 @@ arguments below them are none.
 from __future__ import annotations
 
 import importlib.util
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,9 @@ import pytest
 from arguments import Arguments
 from llm_training import speed_checks
 from llm_training.argument_checks import find_problems, masks_documents
+from llm_training.argument_parsing import read_arguments
 from llm_training.launch_settings import LaunchSettings
+from llm_training.parent_processes import short_run_settings
 
 GRAPHS: dict[str, Any] = {
     "device": "cuda",
@@ -116,3 +120,18 @@ def test_documents_are_kept_apart_where_asked_or_in_conversations() -> None:
     assert masks_documents(Arguments(document_mask=True))
     assert masks_documents(Arguments(messages_column="messages"))
     assert not masks_documents(Arguments(messages_column="messages", document_mask=False))
+
+
+def test_what_the_children_of_a_run_are_given_is_no_problem(tmp_path: Path) -> None:
+    """They neither stop early nor keep a best checkpoint, whatever was asked for."""
+    asked: dict[str, Any] = {
+        "save_best": True,
+        "early_stopping_patience": 2,
+        "early_stopping_min_delta": 2.0,
+        "early_stopping_min_delta_unit": "standard_errors",
+    }
+    assert problems_of(asked, LaunchSettings()) == []
+    base = {"model_type": "llama", "tokenizer_name": "byte", "train_file": [__file__]}
+    settings = short_run_settings(Arguments(**base | asked), tmp_path / "run", 4)
+    (tmp_path / "child.json").write_text(json.dumps(settings))
+    assert read_arguments([str(tmp_path / "child.json")], 1).early_stopping_patience is None

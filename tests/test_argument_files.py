@@ -211,7 +211,7 @@ def test_files_of_all_forms_stand_in_a_row_and_later_ones_win() -> None:
         ('run_name: "no"', "run_name", "no"),
         ("run_name: '017'", "run_name", "017"),
         ("run_name: v1.2.3", "run_name", "v1.2.3"),
-        ("sample_prompt: |\n  def f():\n    x", "sample_prompt", "def f():\n  x"),
+        ("sample_prompt: |\n  def f():\n    x", "sample_prompt", ["def f():\n  x"]),
         ("config_overrides:\n  eps: 1e-05", "config_overrides", {"eps": 1e-05}),
         ("learning_rate: ${RATE}", "learning_rate", 0.25),
         ("save_best: ${YES}", "save_best", True),

@@ -16,7 +16,15 @@ import pytest
 from llm_training import argument_parsing, hardware_checks
 from llm_training.resolved_arguments import as_settings, as_yaml
 from tests.argument_cases import open_clean_place, the_problem_of, write, write_good
-from tests.bad_arguments import BAD_DATA, BAD_FILES, BAD_FLAGS, BAD_SETTINGS, LOADED
+from tests.bad_arguments import (
+    BAD_DATA,
+    BAD_EVALUATIONS,
+    BAD_FILES,
+    BAD_FLAGS,
+    BAD_SETTINGS,
+    LOADED,
+    TEXTS,
+)
 from tests.launches import DDP, DDP_FILE, FSDP, FSDP_FILE, NAMES_JSON, STAGE_2, WITH_JSON, launched
 
 # A launch of two processes, what is set beside a good file, and what the one problem must say.
@@ -64,6 +72,9 @@ BAD_LAUNCHES: list[tuple[tuple[Any, ...], dict[str, Any], list[str]]] = [
 ]
 
 
+IN_ONE_FILE = BAD_SETTINGS + BAD_DATA + BAD_EVALUATIONS
+
+
 @pytest.fixture(autouse=True)
 def clean_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     open_clean_place(tmp_path, monkeypatch)
@@ -81,7 +92,7 @@ def missing(phrases: list[str], problem: str) -> list[str]:
     return [phrase for phrase in phrases if phrase not in problem]
 
 
-@pytest.mark.parametrize(("changes", "phrases"), BAD_SETTINGS + BAD_DATA, ids=name_of)
+@pytest.mark.parametrize(("changes", "phrases"), IN_ONE_FILE, ids=name_of)
 def test_one_mistake_in_a_file(changes: dict[str, Any], phrases: list[str]) -> None:
     problem = the_problem_of(write_good(**changes))
     assert missing(phrases, problem) == [], problem
@@ -123,7 +134,7 @@ def test_one_contradiction_with_the_launch(
 
 
 def test_no_two_mistakes_are_told_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    problems = [the_problem_of(write_good(**changes)) for changes, _ in BAD_SETTINGS + BAD_DATA]
+    problems = [the_problem_of(write_good(**changes)) for changes, _ in IN_ONE_FILE]
     problems += [the_problem_of(write_good(), *flags.split(" ")) for flags, _ in BAD_FLAGS]
     problems += [the_problem_of(write_good(), write(name, text)) for name, text, _ in BAD_FILES]
     problems += [problem_of_launch(*case[:2], monkeypatch) for case in BAD_LAUNCHES]
@@ -176,6 +187,15 @@ def test_an_interval_given_over_the_length() -> None:
         {**LOADED, "model_name_or_path": "torn", "block_size": 33},
         {**LOADED, "block_size": 100_000},  # of a hub
         {"dry_run": True, "dry_run_steps": 3},
+        {"validation_sets": {"a-b_1": TEXTS}, "metric_for_best_model": "eval/a-b_1/loss"},
+        {"metric_for_best_model": "eval/some_key", "eval_metrics": ["accuracy"]},
+        {"validation_sets": {"a": TEXTS}, "validation_split_percentage": 0, "save_best": True},
+        {"train_file": None, "eval_only": True, "validation_sets": {"a": TEXTS}},
+        {
+            "early_stopping_patience": 2,
+            "early_stopping_min_delta": 2,
+            "early_stopping_min_delta_unit": "standard_errors",
+        },
         {"max_train_hours": 2, "lr_decay_steps": 5, "lr_scheduler_type": "warmup-stable-decay"},
         {"warmup_steps": 80, "max_steps": 100, "lr_scheduler_type": "warmup-stable-decay"},
     ],

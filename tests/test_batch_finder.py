@@ -93,13 +93,16 @@ def test_a_trial_is_the_users_run_but_short(tmp_path: Path) -> None:
         warmup_steps=2000,
         max_train_hours=3.0,
         find_batch_size=True,
-        sample_prompt="a",
+        sample_prompt=["a"],
+        sample_validation_prompts=2,
+        sample_steps=5,
     )
     settings = trial_settings(arguments, tmp_path / "run", 16)
     changed = {name: value for name, value in settings.items() if getattr(arguments, name) != value}
     assert changed == {
         "output_dir": str(tmp_path / "run"), "max_steps": 3, "max_train_hours": None,
-        "warmup_steps": 2, "logging_steps": 1, "report_to": ["none"], "sample_prompt": None,
+        "warmup_steps": 2, "logging_steps": 1, "report_to": ["none"], "sample_prompt": [],
+        "sample_validation_prompts": 0, "sample_steps": None,
         "find_batch_size": False, "per_device_train_batch_size": 16,
         "gradient_accumulation_steps": 2, "save_steps": 2, "save_total_limit": 1, "eval_steps": 2,
         "eval_max_batches": 1, "leakage_report": False, "replica_check_steps": None,

@@ -15,13 +15,15 @@ from llm_training import chunked_loss
 from llm_training.chunked_loss import (
     ChunkedHead,
     is_worth_chunking,
+    linear_row_losses,
     linear_token_loss_sum,
     positions_per_chunk,
     why_not_chunked,
 )
 from llm_training.losses import (
     IGNORE_INDEX,
-    count_correct_tokens,
+    likeliest_tokens,
+    row_losses,
     shift_labels,
     token_loss_sum,
 )
@@ -54,7 +56,7 @@ def whole(hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor) -
 
 
 def in_chunks(size: int) -> Callable[..., Tensor]:
-    return lambda *inputs: linear_token_loss_sum(*inputs, size)[0]
+    return lambda *inputs: linear_token_loss_sum(*inputs, size)
 
 
 def results(compute: Callable[..., Tensor], inputs: Tensors, tokens: Tensor) -> Tensors:
@@ -103,7 +105,47 @@ def test_a_gpu_is_asked_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(waits.take()) == 1
         count_all_positions(monkeypatch)
         results(in_chunks(5), make_inputs(), make_tokens())
+        judged_rows(5, make_inputs(), make_tokens())
         assert waits.take() == []
+
+
+def judged_rows(size: int, inputs: Tensors, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses and guesses of rows of 8 positions."""
+    losses, guesses = linear_row_losses(
+        inputs["hidden"], inputs["weight"], inputs["bias"], tokens.view(3, 8), size,
+        with_guesses=True,
+    )  # fmt: skip
+    assert guesses is not None and not losses.requires_grad
+    return losses, guesses
+
+
+@pytest.mark.parametrize("size", [1, 5, 16, 24, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_on_gpu", [False, True])
+def test_rows_are_judged_as_by_whole_logits(
+    size: int, dtype: torch.dtype, is_on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_on_gpu:
+        count_all_positions(monkeypatch)
+    inputs, tokens = make_inputs(dtype), make_tokens(lambda place: place % 3 != 1 and place < 16)
+    logits = F.linear(inputs["hidden"], inputs["weight"], inputs["bias"])
+    losses, guesses = judged_rows(size, inputs, tokens)
+    expected = row_losses(logits.view(3, 8, -1), tokens.view(3, 8))
+    assert losses.shape == (3,) and losses.dtype == torch.float32 and losses[2] == 0
+    assert difference(losses, expected) < 1e-6
+    assert difference(losses.sum(), linear_token_loss_sum(*inputs.values(), tokens, size)) < 1e-6
+    is_predicted = tokens.view(3, 8) != IGNORE_INDEX
+    assert torch.equal(guesses[is_predicted], likeliest_tokens(logits).view(3, 8)[is_predicted])
+    plain, nothing = linear_row_losses(*inputs.values(), tokens.view(3, 8), size)
+    assert torch.equal(plain, losses) and nothing is None
+
+
+def test_a_broken_row_breaks_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    count_all_positions(monkeypatch)
+    inputs, tokens = make_inputs(), make_tokens(lambda place: place < 16)
+    inputs["hidden"][[0, 20]] = torch.nan  # in the third row, nothing is predicted
+    losses, _ = judged_rows(5, inputs, tokens)
+    assert losses.isnan().tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize("is_on_gpu", [False, True])
@@ -169,6 +211,7 @@ def test_no_tensor_holds_the_logits_of_more_than_a_chunk() -> None:
 
     with Watch():
         results(in_chunks(4), make_inputs(), make_tokens())
+        judged_rows(4, make_inputs(), make_tokens())
     assert largest == 4 * VOCAB_SIZE
 
 
@@ -223,13 +266,13 @@ def test_a_model_has_the_same_loss_gradients_and_names(name: str) -> None:
         assert why_not_chunked(model) is None
         networks.append(CausalLMWithLoss(model, chunked_loss=is_chunked))
     for network in networks:
-        loss, correct = network(ids, labels, count_correct=True)
+        loss, nothing = network(ids, labels)
+        assert nothing is None
         (loss * FACTOR).backward()
-        network.result = (loss.detach(), correct)
+        network.result = loss.detach()
     plain, chunked = networks
     assert type(chunked.model.get_output_embeddings()) is ChunkedHead
-    assert difference(chunked.result[0], plain.result[0]) < 1e-6
-    assert torch.equal(chunked.result[1], plain.result[1])
+    assert difference(chunked.result, plain.result) < 1e-6
     assert plain.state_dict().keys() == chunked.state_dict().keys()
     expected = dict(plain.named_parameters())
     assert expected.keys() == dict(chunked.named_parameters()).keys()
@@ -239,20 +282,22 @@ def test_a_model_has_the_same_loss_gradients_and_names(name: str) -> None:
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_logits_and_right_guesses_are_still_to_be_had() -> None:
-    model = MODELS["llama, tied"]()
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_rows_and_guesses_are_to_be_had(name: str) -> None:
+    model = MODELS[name]().eval()
     ids = torch.arange(32).view(2, 16) * 5 % VOCAB_SIZE
-    logits = model(ids).logits
+    logits = model(ids).logits.detach()
     network = CausalLMWithLoss(model, chunked_loss=True)
     assert torch.equal(network(ids)[0], logits)
-    loss, correct = network(ids, next_tokens=ids.roll(-1, 1), count_correct=True)
-    assert loss.shape == ()
-    assert int(correct) == int(count_correct_tokens(logits, ids.roll(-1, 1)))
-    assert network(ids, ids)[1] is None
-    network.eval()
-    with torch.no_grad():
-        expected = token_loss_sum(logits, shift_labels(ids))
-        assert difference(network(ids, ids)[0], expected) < 1e-6
+    for next_tokens in (ids.roll(-1, 1), shift_labels(ids)):
+        losses, guesses = network(ids, next_tokens=next_tokens, per_row=True, with_guesses=True)
+        assert difference(losses, row_losses(logits, next_tokens)) < 1e-6
+        is_predicted = next_tokens != IGNORE_INDEX
+        assert torch.equal(guesses[is_predicted], likeliest_tokens(logits)[is_predicted])
+    assert network(ids, ids, per_row=True)[1] is None
+    loss, nothing = network(ids, ids)
+    assert loss.shape == () and nothing is None
+    assert difference(loss.detach(), token_loss_sum(logits, shift_labels(ids))) < 1e-6
 
 
 def test_an_error_within_the_model_leaves_no_tokens_behind() -> None:

@@ -56,7 +56,7 @@ def test_a_checkpoint_with_arguments_of_its_own_goes_before_its_folder() -> None
     manifest = {"run": {"arguments": describe(first) | {"seed": 5, "sample_prompt": "$${y}"}}}
     write("runs/first/checkpoints/last/manifest.json", json.dumps(manifest))
     again = read_arguments(["--from_run", "runs/first/checkpoints/last"], 1)
-    assert (again.seed, again.sample_prompt, again.weight_decay) == (5, "${y}", 0.5)
+    assert (again.seed, again.sample_prompt, again.weight_decay) == (5, ["${y}"], 0.5)
 
 
 def test_files_go_before_the_earlier_run_and_flags_before_files() -> None:
@@ -177,15 +177,15 @@ def leave_mlflow_run(arguments: Arguments, *artifacts: Path) -> str:
     """The same run in MLflow, with parameters as a run notes them."""
     from mlflow import MlflowClient
 
-    from llm_training.tracking.mlflow_run import resolve_store
-    from llm_training.tracking.tracking import _to_simple_value
+    from llm_training.tracking.mlflow_store import resolve_store
+    from llm_training.tracking.record import simple_value
 
     client = MlflowClient(resolve_store(None))
     experiment = client.create_experiment("it", artifact_location=str(Path("artifacts").absolute()))
     run_id = str(client.create_run(experiment).info.run_id)
     facts = {"device_name": "NVIDIA H100 80GB HBM3", "backend": "single"}
     for name, value in (describe(arguments) | facts).items():
-        client.log_param(run_id, name, str(_to_simple_value(value)))
+        client.log_param(run_id, name, str(simple_value(value)))
     for path in artifacts:
         client.log_artifact(run_id, str(path))
     return run_id

@@ -1,12 +1,14 @@
 """Losses are sums over the predicted tokens: exact, and the same however the rows are split."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 from llm_training.losses import (
     IGNORE_INDEX,
-    count_correct_tokens,
     count_predicted_tokens,
+    likeliest_tokens,
+    row_losses,
     shift_labels,
     token_loss_sum,
 )
@@ -66,7 +68,30 @@ def test_bf16_logits_are_summed_in_float32() -> None:
     assert float(loss) == float(expected)
 
 
-def test_masked_tokens_are_never_correct() -> None:
-    logits = torch.full((3, 4, 5), -1.0)
-    logits[..., 2] = 1.0  # guesses 2 everywhere: right at row 0 position 0, and row 1 position 1
-    assert int(count_correct_tokens(logits, shift_labels(LABELS))) == 2
+def test_row_losses_are_those_of_each_row_alone() -> None:
+    logits, next_tokens = make_logits(), shift_labels(LABELS)
+    found = row_losses(logits, next_tokens)
+    assert found.shape == (3,) and found.dtype == torch.float32
+    alone = [token_loss_sum(logits[i : i + 1], next_tokens[i : i + 1]) for i in range(3)]
+    assert torch.allclose(found, torch.stack(alone), rtol=1e-6, atol=0)
+    assert found[2] == 0
+    assert row_losses(logits.bfloat16(), next_tokens).dtype == torch.float32
+
+
+def test_a_broken_row_breaks_no_other() -> None:
+    logits = make_logits()
+    logits[0] = torch.nan
+    found = row_losses(logits, shift_labels(LABELS))
+    assert found.isnan().tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("vocab_size", [3, 256, 257, 511, 512, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_likeliest_of_equals_is_the_first(vocab_size: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 64, vocab_size, generator=generator).mul(8).round().to(dtype)
+    assert (logits == logits.amax(-1, keepdim=True)).sum(-1).max() > 1  # there are equals
+    assert torch.equal(likeliest_tokens(logits), logits.argmax(-1))
+    logits[..., vocab_size // 2 :] = -torch.inf  # as of rows that stand for no token
+    assert torch.equal(likeliest_tokens(logits), logits.argmax(-1))
+    assert likeliest_tokens(logits * torch.nan).max() < vocab_size

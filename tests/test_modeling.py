@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from arguments import Arguments, ModelArguments
-from llm_training.losses import shift_labels, token_loss_sum
+from llm_training.losses import row_losses, shift_labels, token_loss_sum
 from llm_training.modeling import (
     CausalLMWithLoss,
     ModelError,
@@ -76,14 +76,24 @@ def test_activations_are_computed_again_where_asked_for() -> None:
     assert not make()[0].is_gradient_checkpointing
 
 
-def test_the_wrapper_returns_the_summed_loss_and_the_right_guesses() -> None:
+def test_the_wrapper_returns_the_summed_loss() -> None:
     model, _ = make(dropout=0.0)
     ids = torch.arange(16).view(2, 8)
-    loss, correct = CausalLMWithLoss(model)(ids, ids, count_correct=True)
+    loss, nothing = CausalLMWithLoss(model)(ids, ids)
+    assert torch.equal(loss, token_loss_sum(model(ids).logits, shift_labels(ids)))
+    assert nothing is None
+
+
+def test_the_wrapper_judges_rows_and_tells_the_likeliest_tokens() -> None:
+    model, _ = make(dropout=0.0)
+    ids = torch.arange(16).view(2, 8)
     logits = model(ids).logits
-    assert torch.equal(loss, token_loss_sum(logits, shift_labels(ids)))
-    assert int(correct) == int((logits[:, :-1].argmax(-1) == ids[:, 1:]).sum())
-    assert CausalLMWithLoss(model)(ids, ids)[1] is None
+    losses, guesses = CausalLMWithLoss(model)(ids, ids, per_row=True, with_guesses=True)
+    assert torch.equal(losses, row_losses(logits, shift_labels(ids)))
+    assert torch.equal(guesses, logits.argmax(-1))
+    losses, nothing = CausalLMWithLoss(model)(ids, next_tokens=ids, per_row=True)
+    assert torch.equal(losses, row_losses(logits, ids))
+    assert nothing is None
 
 
 def test_equal_models_have_equal_fingerprints() -> None:

@@ -59,7 +59,8 @@ def test_orders_are_carried_out_once_and_change_nothing_else(
         "step-00000005",
         "step-00000012",
     ]
-    assert said.count("sample step 7 | Die") == 1
+    assert said.count('sample step 7 | greedy  | "Die" "') == 1
+    assert said.count('sample step 7 | sampled | "Die" "') == 1
     assert [p.name for p in folder.iterdir() if p.name.isupper()] == ["NONSENSE"]
     losses = [line for line in curve(folder) if "train/loss" in line]
     assert losses == [line for line in curve(plain) if "train/loss" in line]
@@ -106,7 +107,7 @@ def test_decay_and_sample_say_where_they_can_do_nothing(
     train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     touch_at(monkeypatch, {5: "DECAY", 6: "SAMPLE"})
-    train(lr_scheduler_type="cosine", lr_decay_steps=None, sample_prompt=None)
+    train(lr_scheduler_type="cosine", lr_decay_steps=None, sample_prompt=[])
     said = capsys.readouterr().out
     assert "DECAY changes nothing: lr_scheduler_type=cosine, step 5" in said
     assert "SAMPLE: there is no --sample_prompt to continue" in said

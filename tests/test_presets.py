@@ -32,10 +32,12 @@ from llm_training.footprint import (
     Backend,
     ModelShape,
     activation_bytes,
+    frozen_bytes,
     state_bytes_per_parameter,
     working_bytes,
 )
 from llm_training.launch_settings import LaunchSettings, read_launch_settings
+from llm_training.lora import add_adapters
 from llm_training.modeling import count_parameters
 from tests.launches import DDP, FSDP
 
@@ -71,16 +73,27 @@ GPUS = {
     "production": Gpu(80, A100),
     "llama_1b": Gpu(80, H100),
     "finetune": Gpu(24, 0.0),
+    "finetune_lora": Gpu(24, 0.0),
 }
 VOCAB_SIZES = {"openai-community/gpt2": 50_257, "TinyLlama/TinyLlama_v1.1": 32_000}
-SMOLLM2_360M = {  # as the config.json on the hub has it
-    "vocab_size": 49_152,
-    "num_hidden_layers": 32,
-    "hidden_size": 960,
-    "intermediate_size": 2560,
-    "num_attention_heads": 15,
-    "num_key_value_heads": 5,
-    "tie_word_embeddings": True,
+SMOLLM2 = {"vocab_size": 49_152, "tie_word_embeddings": True}
+LOADED_CONFIGS = {  # as the config.json on the hub has it
+    "HuggingFaceTB/SmolLM2-360M-Instruct": {
+        **SMOLLM2,
+        "num_hidden_layers": 32,
+        "hidden_size": 960,
+        "intermediate_size": 2560,
+        "num_attention_heads": 15,
+        "num_key_value_heads": 5,
+    },
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": {
+        **SMOLLM2,
+        "num_hidden_layers": 24,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
 }
 
 # Flags that make every preset small enough for a test.
@@ -212,8 +225,10 @@ def row_of_needs(name: str) -> str:
     config = config_of(arguments)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    add_adapters(model, arguments)
     parameters, _ = count_parameters(model)
-    states, kept, logits = gigabytes_of(name, arguments, launch, config, parameters)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    states, kept, logits = gigabytes_of(name, arguments, launch, config, (parameters, trained))
     total = states + kept + logits
     assert total < 0.9 * GPUS[name].gigabytes
     flops = model_flops_per_token(model, config, int(arguments.block_size or 0))
@@ -245,7 +260,7 @@ def time_cells(
 def config_of(arguments: Arguments) -> Any:
     """The configuration that the run will have, without the hub."""
     if arguments.model_name_or_path:
-        return AutoConfig.for_model("llama", **SMOLLM2_360M)
+        return AutoConfig.for_model("llama", **LOADED_CONFIGS[arguments.model_name_or_path])
     return AutoConfig.for_model(
         arguments.model_type,
         vocab_size=VOCAB_SIZES[str(arguments.tokenizer_name)],
@@ -255,9 +270,18 @@ def config_of(arguments: Arguments) -> Any:
 
 
 def gigabytes_of(
-    name: str, arguments: Arguments, launch: LaunchSettings, config: Any, parameters: int
+    name: str,
+    arguments: Arguments,
+    launch: LaunchSettings,
+    config: Any,
+    counts: tuple[int, int],
 ) -> tuple[float, float, float]:
-    """What a GPU holds: weights with gradients and moments; activations; logits."""
+    """What a GPU holds: weights with gradients and moments; activations; logits.
+
+    Args:
+        counts: of all parameters, and of those that are trained.
+    """
+    parameters, trained = counts
     is_gpt2 = config.model_type == "gpt2"
     shape = ModelShape(
         parameters=parameters,
@@ -270,9 +294,11 @@ def gigabytes_of(
     batch = resolve_batch_sizes(arguments, launch.num_processes)
     positions = batch.per_device * int(arguments.block_size or 0)
     backend, is_half = cast(Backend, launch.backend), GPUS[name].is_half
-    states = parameters * state_bytes_per_parameter(
+    states = trained * state_bytes_per_parameter(
         backend, launch.num_processes, is_half=is_half, accumulates=batch.accumulation > 1
     )
+    frozen = frozen_bytes(backend, launch.num_processes, is_half=is_half)
+    states += (parameters - trained) * frozen
     states += working_bytes(shape, backend, is_half=is_half)
     kept = activation_bytes(
         shape, positions, is_half=is_half, checkpointing=arguments.gradient_checkpointing
@@ -310,7 +336,11 @@ def test_it_trains_three_steps(path: Path, tmp_path: Path, monkeypatch: pytest.M
     result = json.loads((tmp_path / "runs/run/result.json").read_text(encoding="utf-8"))
     assert result["step"] == 3
     assert result["last_loss"] > 0
-    assert AutoConfig.from_pretrained(tmp_path / "runs/run/final").model_type
+    final = tmp_path / "runs/run/final"
+    if "lora_rank" in settings:
+        assert (final / "adapter_config.json").is_file()
+    else:
+        assert AutoConfig.from_pretrained(final).model_type
 
 
 def small_data(name: str, settings: dict[str, Any]) -> dict[str, str]:

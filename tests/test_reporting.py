@@ -16,7 +16,9 @@ RESULT = {
     "last_loss": 3.25,
     "best_loss": 3.2,
     "best_step": 1100,
-    "sample": "def f():\n    return 1",
+    "samples": [
+        {"step": 1200, "tokens": 1, "prompt": "def ", "kind": "greedy", "text": "f():\n    pass"}
+    ],
     "model": "runs/a/final",
     "review": "mlflow ui",
 }
@@ -27,16 +29,32 @@ def test_the_summary_has_losses_sample_and_places() -> None:
         "Done     1,200 steps, 2,448,000 tokens predicted",
         "Loss     8.3000 at the start, 3.2500 at the end, 3.2000 at best (step 1100): validation,"
         " nats per token",
-        "Sample",
-        "    def f():",
-        "        return 1",
+        'Sample   "def "',
+        "  greedy",
+        "    f():",
+        "        pass",
         "Model    runs/a/final",
         "Review   mlflow ui",
     ]
 
 
+def test_where_another_metric_decides_its_best_has_a_line() -> None:
+    def lines(metric: str) -> list[str]:
+        return summary_lines(RESULT | {"best": {"metric": metric, "value": 1.234, "step": 40}})
+
+    assert lines("eval/math/loss")[2] == "Best     eval/math/loss 1.2340 at step 40"
+    assert lines("eval/loss") == summary_lines(RESULT)
+
+
+def test_the_result_of_a_run_with_one_sample_is_still_read() -> None:
+    before = {name: value for name, value in RESULT.items() if name != "samples"}
+    lines = summary_lines(before | {"sample": "def f():\n    return 1"})
+    assert lines[2:5] == ["Sample", "    def f():", "        return 1"]
+    assert summary_lines(before | {"sample": None}) == summary_lines(RESULT | {"samples": []})
+
+
 def test_what_there_was_not_is_not_said() -> None:
-    result = RESULT | {"stopped_early": True, "best_loss": None, "sample": None}
+    result = RESULT | {"stopped_early": True, "best_loss": None, "samples": []}
     assert summary_lines(result) == [
         "Done     1,200 steps, stopped early, 2,448,000 tokens predicted",
         "Model    runs/a/final",

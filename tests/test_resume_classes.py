@@ -29,6 +29,7 @@ def test_what_follows_from_a_change_is_said() -> None:
     assert said["per_device_train_batch_size"] == (
         "the curve changes from here on, by rounding and dropout masks alone"
     )
+    assert str(said["validation_sets"]).endswith("the curve of training does not")
     assert said["seed"] == "held against the checkpoint's seed"
     assert said["model_type"] == "held against the checkpoint's model"
     assert effect_of_change("an_argument_of_a_later_version") is None

@@ -53,6 +53,19 @@ def test_without_a_mask_only_the_first_token_of_a_row_is_not_predicted(
     assert "39 predicted" in shown
 
 
+def test_a_validation_set_is_counted_and_its_first_row_shown(
+    arguments: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "math.txt").write_text("one and one is two, " * 9)
+    arguments.validation_sets = {"math": {"validation_file": [str(tmp_path / "math.txt")]}}
+    assert show_data.main(arguments, num_rows=1) == 0
+    shown = capsys.readouterr().out
+    assert "math: validation: " in shown
+    assert "validation (math): 181 tokens = 176 predicted + 5 first in a row" in shown
+    assert "Validation set math:\n\n=== row 0: 40 tokens in 1 documents" in shown
+    assert "⟦o⟧ne and one is two" in shown
+
+
 def test_marks_are_dim_in_a_terminal() -> None:
     tokenizer = train_tokenizer("byte", (), 0)
     ids = [ord(letter) for letter in "abcd"]

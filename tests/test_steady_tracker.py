@@ -18,7 +18,7 @@ import pytest
 from llm_training.tracking import TrackingError
 from llm_training.tracking import steady_tracker as module
 from llm_training.tracking.steady_tracker import HANG_SECONDS, SteadyTracker
-from llm_training.tracking.tracked_run import Point, Status
+from llm_training.tracking.tracked_run import Ending, Point
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,8 +63,13 @@ class FakeRun:
             raise ConnectionError("no route to host")
         self.calls.append([point.step for point in points])
 
-    def closing_calls(self, status: Status, artifacts: Sequence[Path]) -> list[Callable[[], Any]]:
-        return [lambda item=item: self.calls.append(str(item)) for item in [*artifacts, status]]
+    def upload(self, path: Path) -> None:
+        self.calls.append(f"upload {path.name}")
+
+    def closing_calls(self, ending: Ending, artifacts: Sequence[Path]) -> list[Callable[[], Any]]:
+        return [
+            lambda item=item: self.calls.append(str(item)) for item in [*artifacts, ending.status]
+        ]
 
 
 class Setup:
@@ -74,14 +79,26 @@ class Setup:
         self.run = FakeRun(points_at_once)
         self.said: list[str] = []
         self.now = 0.0
-        self.steady = SteadyTracker(self.run, self.said.append, earlier, lambda: self.now)
+        self.logged: list[Point] = []  # what the file has
+        self.steady = SteadyTracker(
+            self.run,
+            self.said.append,
+            earlier,
+            lambda: self.now,
+            read_log=self.read_log,
+            remedy="Run sync.",
+        )
+
+    def read_log(self, first: float, last: float) -> Iterator[Point]:
+        return (point for point in list(self.logged) if first <= point.time <= last)
 
     def log(self, *steps: int) -> None:
         for step in steps:
-            self.steady.log(Point({"train/loss": 1.0}, step, 1.8e9))
+            self.logged.append(Point({"train/loss": 1.0}, step, 1.8e9 + step))
+            self.steady.log(self.logged[-1])
 
     def end(self, artifacts: Sequence[Path] = (), seconds: float = 30.0) -> None:
-        self.steady.begin_end("FINISHED", artifacts, seconds)
+        self.steady.begin_end(Ending("FINISHED"), artifacts, seconds)
         self.steady.turn()
         self.steady.tell_losses()
 
@@ -94,7 +111,7 @@ def hanging() -> Iterator[Setup]:
     setup.steady.start(is_required=True)
     yield setup
     setup.run.is_open.set()
-    setup.steady.begin_end("KILLED", (), 0.0)
+    setup.steady.begin_end(Ending("KILLED"), (), 0.0)
     setup.steady._thread.join(10)
     assert not setup.steady._thread.is_alive()
 
@@ -120,11 +137,11 @@ def test_logging_returns_though_the_tracker_never_does(hanging: Setup) -> None:
 def test_the_end_waits_its_time_and_no_longer(hanging: Setup) -> None:
     hanging.log(0, 1, 2)
     assert hanging.run.was_entered.wait(10)
-    hanging.steady.begin_end("FINISHED", (), 0.1)
+    hanging.steady.begin_end(Ending("FINISHED"), (), 0.1)
     hanging.steady.wait_for_end(0.1)  # the test would hang here
     (line,) = hanging.said
     lost = "3 logged points and how the run ended are missing there"
-    assert line == f"warning: fake does not answer; {lost}"
+    assert line == f"warning: fake does not answer; {lost}. Run sync."
 
 
 def test_that_a_tracker_hangs_is_told_once(hanging: Setup) -> None:
@@ -143,7 +160,7 @@ def test_what_a_hang_held_up_follows_in_order_and_before_the_end(hanging: Setup)
     hanging.log(0)
     assert hanging.run.was_entered.wait(10)
     hanging.log(*range(1, 35))
-    hanging.steady.begin_end("FINISHED", [Path("result.json")], 30.0)
+    hanging.steady.begin_end(Ending("FINISHED"), [Path("result.json")], 30.0)
     hanging.run.is_open.set()
     hanging.steady.wait_for_end(10.0)
     *sent, artifact, status = hanging.run.calls
@@ -155,7 +172,7 @@ def test_what_a_hang_held_up_follows_in_order_and_before_the_end(hanging: Setup)
 def test_one_thread_that_is_not_the_loops_touches_the_tracker(hanging: Setup) -> None:
     hanging.run.is_open.set()
     hanging.log(0, 1)
-    hanging.steady.begin_end("FINISHED", (), 30.0)
+    hanging.steady.begin_end(Ending("FINISHED"), (), 30.0)
     hanging.steady.wait_for_end(10.0)
     assert hanging.run.threads == {"to fake"}
 
@@ -201,7 +218,8 @@ def test_the_status_does_not_wait_for_all_points_of_a_slow_tracker() -> None:
     assert setup.run.calls[-1] == "FINISHED"
     assert "result.json" not in setup.run.calls
     assert setup.run.steps == [*range(30)]  # in 70% of the time
-    assert setup.said == ["warning: fake is too slow; 70 logged points are missing there"]
+    (line,) = setup.said
+    assert line == "warning: fake is too slow; 70 logged points are missing there. Run sync."
 
 
 # ----------------------------------------------------------------------------------- one that fails
@@ -257,32 +275,139 @@ def test_a_point_that_is_always_refused_does_not_hold_up_the_others(points_at_on
     assert setup.run.calls[-1] == "FINISHED"
 
 
-def test_the_queue_is_bounded_and_losses_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def small_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_WAITING_POINTS", 5)
-    setup = started()
+
+
+@pytest.mark.parametrize("points_at_once", [1, 3, 100])
+@pytest.mark.usefixtures("small_queue")
+def test_what_the_queue_cannot_hold_follows_from_the_log(points_at_once: int) -> None:
+    setup = started(points_at_once)
     setup.run.is_down = True
-    setup.log(*range(4))
+    for first in range(0, 40, 4):  # the server stays down for many tries
+        setup.log(*range(first, first + 4))
+        setup.now += 1000
+        setup.steady.turn()
+        assert len(setup.steady._waiting) <= 5
+    assert setup.steady.num_unsent == 40
+    setup.run.is_down = False
+    setup.now += 1000
     setup.steady.turn()
-    setup.log(*range(4, 8))
-    assert setup.steady.num_unsent == 5
+    assert sorted(setup.run.steps) == [*range(40)]
+    assert setup.steady.num_unsent == 0
+    setup.end()
+    assert "no metrics are missing there" in setup.said[-1]
+    assert "Run sync" not in setup.said[-1]
+
+
+@pytest.mark.usefixtures("small_queue")
+def test_points_of_one_instant_are_left_to_the_log_together() -> None:
+    setup = started(points_at_once=100)
+    setup.run.is_down = True
+    for step in range(8):
+        for _ in range(2):  # a training and an evaluation
+            setup.log(step)
+    setup.steady.turn()
     setup.run.is_down = False
     setup.end()
-    assert sorted(setup.run.steps) == [0, 4, 5, 6, 7]  # 0 was tried, and went behind the others
-    assert "3 logged points are missing" in setup.said[-1]
+    assert sorted(setup.run.steps) == sorted([*range(8)] * 2)
 
 
-def test_what_is_lost_on_its_way_while_the_queue_is_full_is_counted(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(module, "MAX_WAITING_POINTS", 5)
+@pytest.mark.usefixtures("small_queue")
+def test_what_neither_queue_nor_log_has_is_counted() -> None:
+    setup = started()
+    setup.run.is_down = True
+    setup.log(*range(8))
+    setup.steady.turn()
+    setup.logged.clear()  # on a full disk
+    setup.run.is_down = False
+    setup.end()
+    assert "3 logged points are missing there. Run sync." in setup.said[-1]
+
+
+@pytest.mark.usefixtures("small_queue")
+def test_what_comes_back_while_the_queue_is_full_follows_too() -> None:
     setup = started(points_at_once=3)
     setup.run.is_down = True
     setup.run.before_send = lambda: setup.log(*range(10, 15)) if setup.run.num_tries == 1 else None
     setup.log(0, 1, 2)
     setup.steady.turn()
+    assert setup.steady.num_unsent == 8
+    setup.run.is_down = False
     setup.end()
-    assert setup.steady.num_unsent == 5
-    assert "8 logged points are missing" in setup.said[-1]
+    assert sorted(setup.run.steps) == [0, 1, 2, *range(10, 15)]
+
+
+# ---------------------------------------------------------------------------------- at a checkpoint
+
+
+def test_a_checkpoint_sends_what_waits_and_then_its_files(tmp_path: Path) -> None:
+    setup = started(points_at_once=10)
+    setup.log(0)
+    setup.steady.turn()
+    setup.log(1, 2)
+    setup.steady.turn()
+    assert setup.run.calls == [[0]]  # the next sending is not due
+    log = tmp_path / "log.jsonl"
+    log.write_text("one line")
+    setup.steady.flush([log, tmp_path / "not_there.json"])
+    setup.steady.turn()
+    assert setup.run.calls == [[0], [1, 2], "upload log.jsonl"]
+
+
+def test_a_file_is_uploaded_again_only_when_it_changed(tmp_path: Path) -> None:
+    setup = started()
+    log, other = tmp_path / "log.jsonl", tmp_path / "other.json"
+    other.write_text("for good")
+    for text in ("one", None, "one and another"):
+        if text is not None:
+            log.write_text(text)
+        setup.steady.flush([log, other])
+        setup.steady.turn()
+    uploads = ["upload log.jsonl", "upload other.json", "upload log.jsonl"]
+    assert setup.run.calls == uploads
+    log.write_text("one and another and more")
+    setup.end([log, other])
+    assert setup.run.calls == [*uploads, str(log), "FINISHED"]
+
+
+def test_files_that_wait_are_replaced_by_newer_ones(tmp_path: Path) -> None:
+    setup = started()
+    for name in ("old.json", "new.json"):
+        (tmp_path / name).touch()
+        setup.steady.flush([tmp_path / name])
+    setup.steady.turn()
+    assert setup.run.calls == ["upload new.json"]
+
+
+def test_a_checkpoint_does_not_ask_a_tracker_that_is_left_alone(tmp_path: Path) -> None:
+    setup = started()
+    setup.run.is_down = True
+    setup.log(0)
+    setup.steady.turn()
+    setup.run.is_down = False
+    setup.steady.flush([tmp_path])
+    setup.steady.turn()
+    assert setup.run.calls == []
+    setup.now += 1000
+    setup.steady.turn()
+    assert setup.run.calls == [[0], f"upload {tmp_path.name}"]
+
+
+def test_a_checkpoint_returns_though_the_tracker_never_does(hanging: Setup) -> None:
+    hanging.log(0)
+    assert hanging.run.was_entered.wait(10)
+    hanging.steady.flush([Path("log.jsonl")])  # the test would hang here
+    assert hanging.run.calls == []
+
+
+def test_the_thread_wakes_for_a_checkpoint(hanging: Setup, tmp_path: Path) -> None:
+    uploaded = threading.Event()
+    hanging.run.is_open.set()
+    hanging.run.upload = lambda path: uploaded.set()  # type: ignore[method-assign]
+    hanging.steady.flush([tmp_path])
+    assert uploaded.wait(10)
 
 
 # --------------------------------------------------------------------------------------- the start
@@ -331,3 +456,41 @@ def test_a_mistake_of_the_user_is_an_error_though_the_tracker_is_optional() -> N
     setup.run.start_errors = [TrackingError("choose another name")]
     with pytest.raises(TrackingError, match="another name"):
         setup.steady.start(is_required=False)
+
+
+@pytest.fixture
+def slow_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Setup]:
+    """A tracker that is not started within the time that a start may take."""
+    monkeypatch.setattr(module, "START_SECONDS", 0.05)
+    setup = Setup(points_at_once=100)
+    start = setup.run.start
+
+    def start_late() -> None:
+        assert setup.run.is_open.wait(30)
+        start()
+
+    setup.run.start = start_late  # type: ignore[method-assign]
+    setup.run.is_open.clear()
+    yield setup
+    setup.run.is_open.set()
+    setup.steady._thread.join(10)
+    assert not setup.steady._thread.is_alive()
+
+
+def test_a_start_is_waited_for_so_long_and_no_longer(slow_start: Setup) -> None:
+    with pytest.raises(TimeoutError, match="no answer within"):
+        slow_start.steady.start(is_required=True)  # the test would hang here
+    slow_start.run.is_open.set()
+    slow_start.steady._thread.join(10)
+    assert slow_start.run.calls == ["FAILED"]  # what was begun there after all does not stay so
+    assert slow_start.said == []
+
+
+def test_an_optional_one_that_starts_late_gets_everything(slow_start: Setup) -> None:
+    slow_start.steady.start(is_required=False)
+    slow_start.log(1, 2)
+    slow_start.run.is_open.set()
+    slow_start.steady.begin_end(Ending("FINISHED"), (), 30.0)
+    slow_start.steady.wait_for_end(10.0)
+    assert slow_start.run.calls == [[1, 2], "FINISHED"]
+    assert "fake could not be started (TimeoutError: no answer" in slow_start.said[0]

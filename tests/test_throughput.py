@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llm_training.throughput import Throughput, format_count, format_duration
+from llm_training.throughput import Reading, Throughput, format_count, format_duration
 
 
 class Clock:
@@ -30,12 +30,18 @@ def run_steps(
         meter.update(tokens)
 
 
+def tokens_per_second(meter: Throughput) -> float:
+    reading = meter.read()
+    assert reading is not None
+    return reading.tokens_per_second
+
+
 def test_a_reading_covers_the_steps_since_the_last_one(clock: Clock) -> None:
     meter = Throughput(clock)
     run_steps(meter, clock, steps=10, seconds=2.0)
-    assert meter.read() == pytest.approx(50.0)
+    assert tokens_per_second(meter) == pytest.approx(50.0)
     run_steps(meter, clock, steps=5, seconds=0.5)
-    assert meter.read() == pytest.approx(200.0)
+    assert tokens_per_second(meter) == pytest.approx(200.0)
 
 
 def test_time_before_start_is_left_out(clock: Clock) -> None:
@@ -43,7 +49,7 @@ def test_time_before_start_is_left_out(clock: Clock) -> None:
     clock.now += 500  # the model is built
     meter.start()
     run_steps(meter, clock, steps=1, seconds=1.0)
-    assert meter.read() == pytest.approx(100.0)
+    assert tokens_per_second(meter) == pytest.approx(100.0)
 
 
 def test_pauses_are_left_out_nested_ones_once(clock: Clock) -> None:
@@ -56,7 +62,7 @@ def test_pauses_are_left_out_nested_ones_once(clock: Clock) -> None:
         clock.now += 3
     clock.now += 0.5
     meter.update(100)
-    assert meter.read() == pytest.approx(100.0)
+    assert tokens_per_second(meter) == pytest.approx(100.0)
 
 
 def test_a_pause_ends_when_its_work_fails(clock: Clock) -> None:
@@ -65,7 +71,58 @@ def test_a_pause_ends_when_its_work_fails(clock: Clock) -> None:
         clock.now += 30
         raise OSError("disk full")
     run_steps(meter, clock, steps=1, seconds=1.0)
-    assert meter.read() == pytest.approx(100.0)
+    assert tokens_per_second(meter) == pytest.approx(100.0)
+
+
+def step(meter: Throughput, clock: Clock, wait: float, work: float) -> None:
+    with meter.waiting():
+        clock.now += wait
+    clock.now += work
+    meter.update(100)
+
+
+def test_waiting_for_data_is_a_share_of_the_steps_time(clock: Clock) -> None:
+    meter = Throughput(clock)
+    clock.now += 50
+    meter.start()
+    for _ in range(4):
+        step(meter, clock, wait=0.5, work=1.5)
+    assert meter.read() == Reading(tokens_per_second=50, step_seconds=2, data_wait_ratio=0.25)
+    step(meter, clock, wait=0.0, work=1.0)
+    assert meter.read() == Reading(tokens_per_second=100, step_seconds=1, data_wait_ratio=0)
+
+
+def test_a_pause_makes_no_share_smaller(clock: Clock) -> None:
+    meter = Throughput(clock)
+    step(meter, clock, wait=1.0, work=1.0)
+    with meter.paused():
+        clock.now += 100
+    reading = meter.read()
+    assert reading is not None and reading.data_wait_ratio == pytest.approx(0.5)
+
+
+def test_a_wait_counts_in_the_interval_of_its_step(clock: Clock) -> None:
+    meter = Throughput(clock)
+    step(meter, clock, wait=0.0, work=1.0)
+    with meter.waiting():  # for the window of a step that is not counted yet
+        clock.now += 3
+    reading = meter.read()
+    assert reading is not None and reading.data_wait_ratio == 0
+    clock.now += 1
+    meter.update(100)
+    reading = meter.read()
+    assert reading is not None and reading.data_wait_ratio == pytest.approx(0.75)
+
+
+def test_a_wait_that_fails_is_counted_too(clock: Clock) -> None:
+    meter = Throughput(clock)
+    with pytest.raises(OSError), meter.waiting():
+        clock.now += 1
+        raise OSError("the disk is gone")
+    clock.now += 1
+    meter.update(100)
+    reading = meter.read()
+    assert reading is not None and reading.data_wait_ratio == pytest.approx(0.5)
 
 
 def test_without_steps_there_is_no_rate_and_no_estimate(clock: Clock) -> None:

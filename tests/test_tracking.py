@@ -12,7 +12,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -27,89 +26,49 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from mlflow import MlflowClient
-from mlflow.entities import Run
 
 from arguments import Arguments
+from llm_training.export import ExportError
+from llm_training.stopping import Stopped
 from llm_training.tracking import (
     Tracking,
     TrackingError,
     evaluation_line,
+    last_lines,
     progress_line,
-    redact,
 )
-from llm_training.tracking.mlflow_run import MLflowRun, artifact_location, resolve_store
+from llm_training.tracking.mlflow_run import MLflowRun
+from llm_training.tracking.note import RunNote
+from llm_training.tracking.record import RunRecord
 from llm_training.tracking.single_point_runs import TensorBoardRun
-from llm_training.tracking.tracked_run import Point
+from llm_training.tracking.tracked_run import Ending, Point
 from llm_training.tracking.train_log import TrainLog, read_points
+from tests.small_runs import open_place, train_small
+from tests.tracked_runs import (
+    Start,
+    kill,
+    log_lines,
+    log_loss,
+    open_folder,
+    started_here,
+    stored_points,
+    stored_run,
+    wait_until_sent,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
-Start = Callable[..., Tracking]
-
-
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database without runs; making its tables takes seconds, copying it none."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
 
 
 @pytest.fixture
 def folder(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder (with a space in its name) that holds an empty mlflow.db."""
-    folder = tmp_path / "my runs"
-    folder.mkdir()
-    shutil.copy(empty_store, folder / "mlflow.db")
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return folder
+    return open_folder(tmp_path, empty_store, monkeypatch)
 
 
 @pytest.fixture
 def start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    """Starts the tracking of a run in `folder`/out, as the script does; kills it in the end."""
-    monkeypatch.setattr("llm_training.tracking.steady_tracker.SEND_INTERVAL_SECONDS", 0.0)
-    started = []
-
-    def start_tracking(
-        resumed_step: int | None = 0,
-        parameters: dict[str, Any] | None = None,
-        tags: dict[str, str] | None = None,
-        output_dir: str = "out",
-        **settings: Any,
-    ) -> Tracking:
-        tracking = Tracking(
-            Accelerator(cpu=True),
-            Arguments(run_name="tiny", **settings),
-            folder / output_dir,
-            parameters=parameters or {},
-            tags=tags,
-            resumed_step=resumed_step,
-        )
-        started.append(tracking)
-        return tracking
-
-    yield start_tracking
-    for tracking in started:
-        kill(tracking)
-
-
-def kill(tracking: Tracking) -> None:
-    """Stops all threads as kill -9 would: what was not sent is not sent, and no status is told."""
-    for tracker in tracking._trackers:
-        run: Any = tracker._run
-        run.closing_calls = lambda status, artifacts: []
-        tracker.begin_end("KILLED", (), seconds=-math.inf)
-        tracker._thread.join()
-
-
-def wait_until_sent(tracking: Tracking) -> None:
-    give_up_at = time.monotonic() + 30
-    while any(tracker.num_unsent for tracker in tracking._trackers):
-        assert time.monotonic() < give_up_at
-        time.sleep(0.01)
+    with started_here(folder, monkeypatch) as start:
+        yield start
 
 
 def wait_for_rest(tracking: Tracking) -> None:
@@ -118,25 +77,6 @@ def wait_for_rest(tracking: Tracking) -> None:
     while not any(tracker._next_at > time.monotonic() + 1 for tracker in tracking._trackers):
         assert time.monotonic() < give_up_at
         time.sleep(0.01)
-
-
-def stored_run(run_id: str | None) -> Run:
-    return MlflowClient().get_run(str(run_id))
-
-
-def stored_points(run_id: str | None, name: str) -> list[tuple[int, float]]:
-    history = MlflowClient().get_metric_history(str(run_id), name)
-    return sorted((point.step, point.value) for point in history)
-
-
-def log_lines(folder: Path) -> list[dict[str, Any]]:
-    text = (folder / "out" / "train_log.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def log_loss(tracking: Tracking, *steps: int) -> None:
-    for step in steps:
-        tracking.log({"train/loss": float(step)}, step)
 
 
 def point(step: int, **metrics: float) -> Point:
@@ -222,230 +162,6 @@ def test_a_full_disk_is_told_and_does_not_end_the_run(
     monkeypatch.setattr(TrainLog, "write", fail)
     log_loss(tracking, 10)
     assert "lacks step 10" in capsys.readouterr().out
-
-
-# ------------------------------------------------------------------------------------------ MLflow
-
-
-def test_a_run_is_in_mlflow_with_all_that_belongs_to_it(folder: Path, start: Start) -> None:
-    tracking = start(parameters={"learning_rate": 1e-3}, tags={"git": "abc"})
-    tracking.log({"train/loss": 4.0}, 10)
-    artifact = folder / "arguments.json"
-    artifact.write_text("{}")
-    tracking.finish("FINISHED", [artifact])
-
-    run = stored_run(tracking.run_id)
-    assert (run.info.run_name, run.info.status) == ("tiny", "FINISHED")
-    assert run.data.params == {"learning_rate": "0.001"}
-    assert run.data.tags["git"] == "abc"
-    assert stored_points(tracking.run_id, "train/loss") == [(10, 4.0)]
-    assert MlflowClient().get_experiment(run.info.experiment_id).name == "train_llm"
-    # Beside the database, and nowhere else.
-    uploaded = folder / "mlartifacts" / str(tracking.run_id) / "artifacts" / "arguments.json"
-    assert uploaded.read_text() == "{}"
-    left = {path.name for path in folder.iterdir()}
-    assert left == {"arguments.json", "mlartifacts", "mlflow.db", "out"}
-
-
-def test_an_old_mlruns_folder_is_not_picked_up(folder: Path, start: Start) -> None:
-    (folder / "mlruns" / "0").mkdir(parents=True)
-    (folder / "mlruns" / "0" / "meta.yaml").write_text("name: Default\n")
-    tracking = start()
-    log_loss(tracking, 10)
-    tracking.finish("FINISHED")
-    assert mlflow.get_tracking_uri() == f"sqlite:///{folder}/mlflow.db"
-    assert len(list((folder / "mlruns").rglob("*"))) == 2
-
-
-@pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
-def test_the_status_is_the_true_one(start: Start, status: Any) -> None:
-    tracking = start()
-    tracking.finish(status)
-    tracking.finish("FINISHED")  # a second call changes nothing,
-    Accelerator(cpu=True).end_training()  # neither does Accelerate,
-    mlflow.tracking.fluent._safe_end_run()  # nor MLflow's exit hook
-    assert stored_run(tracking.run_id).info.status == status
-
-
-def test_a_resumed_run_is_one_run_without_doubled_steps(folder: Path, start: Start) -> None:
-    first = start()
-    log_loss(first, 10, 20, 30)
-    first.log({"eval/loss": 9.0}, 20)
-    wait_until_sent(first)
-    kill(first)  # after step 30; the checkpoint is of step 20
-
-    second = start(resumed_step=20)
-    second.log({"eval/loss": 9.0}, 20)  # the evaluation of the checkpoint's own step
-    log_loss(second, 30, 40)
-    second.log({"eval/loss": 8.0}, 30)  # same step, but not logged before the kill
-    second.finish("FINISHED")
-
-    assert second.run_id == first.run_id
-    assert stored_points(first.run_id, "train/loss") == [(s, float(s)) for s in (10, 20, 30, 40)]
-    assert stored_points(first.run_id, "eval/loss") == [(20, 9.0), (30, 8.0)]
-    assert stored_run(first.run_id).info.status == "FINISHED"
-    steps = [line["step"] for line in log_lines(folder) if "train/loss" in line]
-    assert steps == [10, 20, 30, 40]
-
-
-def test_parameters_that_changed_at_a_resume_become_tags(start: Start) -> None:
-    long = "x" * 7000
-    first = start(parameters={"learning_rate": 0.1, "seed": 1, "long": long})
-    kill(first)
-    now = {"learning_rate": 0.2, "seed": 1, "long": long, "added": None}
-    second = start(resumed_step=20, parameters=now)
-
-    data = stored_run(first.run_id).data
-    assert {name: data.params[name] for name in ("learning_rate", "seed", "added")} == {
-        "learning_rate": "0.1",
-        "seed": "1",
-        "added": "null",
-    }
-    changes = {name: value for name, value in data.tags.items() if name.startswith("resume")}
-    assert changes == {"resume.20.learning_rate": "0.1 -> 0.2"}
-    assert second.run_id == first.run_id
-
-
-def test_a_run_that_was_deleted_is_followed_by_a_new_one(
-    start: Start, capsys: pytest.CaptureFixture[str]
-) -> None:
-    first = start()
-    kill(first)
-    MlflowClient().delete_run(str(first.run_id))
-    second = start(resumed_step=20)
-    assert second.run_id != first.run_id
-    assert stored_run(second.run_id).data.tags["resumed_from_run"] == first.run_id
-    assert f"{first.run_id} is gone" in capsys.readouterr().out
-
-
-def test_a_run_that_another_store_has_never_seen_is_followed_by_a_new_one(
-    folder: Path, start: Start, empty_store: Path
-) -> None:
-    first = start()
-    kill(first)
-    shutil.copy(empty_store, folder / "other.db")
-    second = start(resumed_step=20, tracking_uri="sqlite:///other.db")
-    assert stored_run(second.run_id).data.tags["resumed_from_run"] == first.run_id
-
-
-def test_a_resumed_run_stays_in_its_experiment(start: Start) -> None:
-    first = start(experiment_name="a/b")
-    kill(first)
-    second = start(resumed_step=20, experiment_name="c")
-    assert second.run_id == first.run_id
-    assert MlflowClient().get_experiment_by_name("c") is None
-
-
-def test_what_is_not_finite_stays_out_of_mlflow(start: Start) -> None:
-    tracking = start()
-    tracking.log({"train/loss": math.inf, "train/grad_norm": math.nan, "perf/mfu": 0.5}, 10)
-    wait_until_sent(tracking)
-    assert set(stored_run(tracking.run_id).data.metrics) == {"perf/mfu"}
-
-
-def test_many_and_long_parameters_arrive_and_a_cut_shows(start: Start) -> None:
-    many = {f"parameter_{index}": index for index in range(230)}
-    tracking = start(parameters={**many, "long": "x" * 10_000, "nested": {"n_layer": 6}})
-    parameters = stored_run(tracking.run_id).data.params
-    assert len(parameters) == 232
-    assert len(parameters["long"]) == 6000
-    assert parameters["long"].endswith("x... [cut]")
-    assert parameters["nested"] == '{"n_layer": 6}'
-
-
-def test_secrets_do_not_reach_a_tracker(start: Start) -> None:
-    secrets = {"hf_token": "hf_abc", "deep": {"api_key": "k"}, "url": "http://me:pw@host/x"}
-    tracking = start(parameters=secrets, tags={"remote": "https://ghp_1@github.com/a/b"})
-    data = stored_run(tracking.run_id).data
-    assert data.params == {
-        "hf_token": "[redacted]",
-        "deep": '{"api_key": "[redacted]"}',
-        "url": "http://[redacted]@host/x",
-    }
-    assert data.tags["remote"] == "https://[redacted]@github.com/a/b"
-
-
-def test_the_environment_decides_the_store_and_nothing_else(
-    folder: Path, start: Start, empty_store: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    shutil.copy(empty_store, folder / "other.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "elsewhere")
-    monkeypatch.setenv("MLFLOW_RUN_ID", "0123456789abcdef0123456789abcdef")
-    tracking = start()
-    assert mlflow.get_tracking_uri() == f"sqlite:///{folder}/other.db"
-    experiment = stored_run(tracking.run_id).info.experiment_id
-    assert MlflowClient().get_experiment(experiment).name == "train_llm"
-    assert "MLFLOW_EXPERIMENT_NAME is not used" in capsys.readouterr().out
-
-
-def test_a_dead_server_is_given_up_soon_unless_the_user_says_otherwise(
-    start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
-    start()
-    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
-    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "60"
-
-
-@pytest.mark.parametrize("name", ['say "x"', "a/b", "/Shared/x", "100 % ü"])
-def test_unusual_experiment_names_work(start: Start, name: str) -> None:
-    tracking = start(experiment_name=name)
-    experiment = stored_run(tracking.run_id).info.experiment_id
-    assert MlflowClient().get_experiment(experiment).name == name
-
-
-def test_an_experiment_name_with_a_quote_is_refused(start: Start) -> None:
-    with pytest.raises(TrackingError, match=r"experiment_name: \"it's\".*single quote"):
-        start(experiment_name="it's")
-
-
-def test_an_experiment_name_that_mlflow_does_not_take_is_refused(start: Start) -> None:
-    with pytest.raises(TrackingError, match="maximum length of 500 characters"):
-        start(experiment_name="x" * 501)
-
-
-def test_a_deleted_experiment_is_refused_with_the_way_out(folder: Path, start: Start) -> None:
-    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
-    number = client.create_experiment("old")
-    client.delete_experiment(number)
-    with pytest.raises(TrackingError, match=f"'old' was deleted.*--experiment-id {number}"):
-        start(experiment_name="old")
-
-
-def test_a_server_that_is_down_at_the_start_is_an_error(
-    start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(
-        TrackingError, match=r"mlflow could not be started.*tracking_uri.*--tracking optional"
-    ):
-        start(tracking_uri="http://me:password@127.0.0.1:9")
-
-
-def test_a_server_that_never_answers_is_an_error_at_the_start(
-    start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    began = time.monotonic()
-    refusal = pytest.raises(TrackingError, match=r"mlflow could not be started.*tracking_uri")
-    with socket.create_server(("127.0.0.1", 0)) as silent, refusal:
-        start(tracking_uri=f"http://127.0.0.1:{silent.getsockname()[1]}")
-    assert 1 < time.monotonic() - began < 10
-
-
-def test_a_start_that_fails_after_mlflow_started_leaves_no_finished_run(
-    folder: Path, start: Start
-) -> None:
-    with pytest.raises(TrackingError, match="could not be started"):
-        start(parameters={"no(brackets)": 1})
-    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
-    (experiment,) = client.search_experiments(filter_string="name = 'train_llm'")
-    (run,) = client.search_runs([experiment.experiment_id])
-    assert run.info.status == "FAILED"
 
 
 # --------------------------------------------------------------------------- failures and kills
@@ -558,7 +274,10 @@ from pathlib import Path
 from accelerate import Accelerator
 from arguments import Arguments
 from llm_training.tracking import Tracking
-tracking = Tracking(Accelerator(cpu=True), Arguments(run_name="tiny"), Path("out"), parameters={})
+from llm_training.tracking.note import RunNote
+from llm_training.tracking.record import RunRecord
+arguments, record = Arguments(run_name="tiny"), RunRecord({})
+tracking = Tracking(Accelerator(cpu=True), arguments, Path("out"), record=record)
 tracking.log({"train/loss": 10.0}, 10)
 while any(tracker.num_unsent for tracker in tracking._trackers):
     time.sleep(0.01)
@@ -662,6 +381,120 @@ def test_a_tracker_that_hangs_keeps_neither_the_loop_nor_the_end(
     assert tensorboard_steps(folder) == list(range(1, 101))  # the one does not hold up the other
 
 
+# ----------------------------------------------------------------------- checkpoints and the note
+
+
+def test_a_checkpoint_puts_the_log_on_the_disk_and_sends_what_waits(
+    folder: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[Any] = []
+    monkeypatch.setattr("os.fsync", lambda descriptor: order.append(os.fstat(descriptor).st_ino))
+    tracking = start()
+    monkeypatch.setattr("llm_training.tracking.steady_tracker.SEND_INTERVAL_SECONDS", 1000.0)
+    log_loss(tracking, 10)
+    wait_until_sent(tracking)
+    log_loss(tracking, 20)
+    ledger = folder / "out" / "ledger.json"
+    ledger.write_text("{}")
+    tracking.flush([ledger])
+    log = folder / "out" / "train_log.jsonl"
+    assert order[-1] == log.stat().st_ino
+    artifacts = folder / "mlartifacts" / str(tracking.run_id) / "artifacts"
+    wait_until((artifacts / "ledger.json").exists)
+    assert stored_points(tracking.run_id, "train/loss") == [(10, 10.0), (20, 20.0)]
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    give_up_at = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < give_up_at
+        time.sleep(0.01)
+
+
+def test_the_note_tells_how_the_run_ended_before_a_tracker_is_waited_for(
+    folder: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted: list[Ending | None] = []
+    closing_calls = MLflowRun.closing_calls
+
+    def look_and_close(self: MLflowRun, *arguments: Any) -> Any:
+        noted.append(RunNote.read(folder / "out").ending)
+        return closing_calls(self, *arguments)
+
+    tracking = start(parameters={"seed": 1})
+    note = RunNote.read(folder / "out")
+    assert (note.ending, note.run_id) == (None, tracking.run_id)
+    assert note.store == f"sqlite:///{folder}/mlflow.db"
+    monkeypatch.setattr(MLflowRun, "closing_calls", look_and_close)
+    tracking.finish("FAILED", error="ValueError: no")
+    tracking.finish("FINISHED")  # a second call changes nothing
+    assert noted == [Ending("FAILED", error="ValueError: no")]
+    assert RunNote.read(folder / "out").ending == noted[0]
+
+
+def test_the_note_keeps_the_first_start_and_no_login(folder: Path, start: Start) -> None:
+    first = start(report_to=["none"])
+    first.finish("KILLED", reason="SIGTERM")
+    started = RunNote.read(folder / "out").started
+    start(resumed_step=10, report_to=["none"])
+    again = RunNote.read(folder / "out")
+    assert (again.started, again.ending, again.store) == (started, None, None)
+
+
+def test_a_run_that_does_not_begin_leaves_the_note_of_the_one_before(
+    folder: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    start(report_to=["none"]).finish("FINISHED")
+    before = (folder / "out" / "tracking.json").read_bytes()
+    with pytest.raises(TrackingError):
+        start(tracking_uri="http://127.0.0.1:9")
+    assert (folder / "out" / "tracking.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "expected"),
+    [
+        (ExportError("no https://me:password@host"), 1, ("FAILED", "")),
+        (Stopped("SIGTERM", "at step 4"), 143, ("KILLED", "SIGTERM")),
+    ],
+)
+def test_the_script_tells_what_ended_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    code: int,
+    expected: tuple[str, str],
+) -> None:
+    place = open_place(tmp_path, monkeypatch)
+
+    def fail(run: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("train_llm.train", fail)
+    ending = RunNote.read(train_small(place, code=code)).ending
+    assert ending is not None
+    assert (ending.status, ending.reason) == expected
+    if ending.status == "FAILED":
+        assert ending.error.endswith("ExportError: no https://[redacted]@host")
+        assert "in run_training" in ending.error
+
+
+def test_the_end_of_a_long_traceback_is_kept() -> None:
+    def descend(depth: int) -> None:
+        if depth:
+            descend(depth - 1)
+        else:
+            raise ValueError("at the bottom\n" + "x" * 10_000 + "\nlast")
+
+    with pytest.raises(ValueError, match="bottom") as caught:
+        descend(50)
+    text = last_lines(caught.value)
+    assert text.endswith("last")
+    assert len(text) <= 4000
+    assert len(text.splitlines()) <= 20
+
+
 # ------------------------------------------------------------------------------- optional tracking
 
 
@@ -678,7 +511,8 @@ def test_an_optional_tracker_that_is_down_costs_a_warning(
     said = capsys.readouterr().out
     assert said.count("warning: mlflow could not be started (") == 1
     assert "Training goes on with train_log.jsonl alone" in said
-    assert "mlflow could not be started; 2 logged points are missing there" in said
+    assert "mlflow could not be started; 2 logged points are missing there. Send them" in said
+    assert f"python -m llm_training.tracking sync '{folder / 'out'}'" in said
     assert "password" not in said
     assert tracking.run_id is None
     assert [line["step"] for line in log_lines(folder)] == [10, 20]
@@ -772,42 +606,9 @@ def test_a_tracker_that_is_not_installed_is_an_error(
             start(report_to=[name])
 
 
-def test_wandb_is_started_the_way_accelerate_starts_it(
-    folder: Path, start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """W&B itself is not installed here: this holds what we hand to it."""
-    calls: list[Any] = []
-    run = SimpleNamespace(
-        step=21,
-        log=lambda values, step: calls.append((values, step)),
-        finish=lambda: calls.append("end"),
-    )
-    config = SimpleNamespace(update=lambda values, allow_val_change: calls.append(values))
-
-    def init(**settings: Any) -> SimpleNamespace:
-        calls.append(settings)
-        return run
-
-    fake = SimpleNamespace(init=init, config=config, __spec__=object())
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    log = TrainLog(folder / "out")
-    for step in (10, 20, 30):
-        log.write(point(step))
-    tracking = start(30, report_to=["wandb"], parameters={"seed": 1}, tags={"git": "abc"})
-    log_loss(tracking, 40)
-    tracking.finish("FINISHED")
-    assert calls == [
-        {"project": "train_llm", "name": "tiny", "dir": str(folder / "out"), "resume": "auto"},
-        {"seed": 1, "git": "abc"},
-        ({"train/loss": 1.0}, 30),  # which W&B lacks
-        ({"train/loss": 40.0}, 40),
-        "end",
-    ]
-
-
 def test_other_processes_write_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other: Any = SimpleNamespace(is_main_process=False)
-    tracking = Tracking(other, Arguments(run_name="tiny"), folder / "out", parameters={})
+    tracking = Tracking(other, Arguments(run_name="tiny"), folder / "out", record=RunRecord({}))
     tracking.log({"train/loss": 1.0}, 10)
     tracking.say("hello")
     tracking.finish("FINISHED")
@@ -843,48 +644,6 @@ def test_the_review_hint_is_a_command_for_the_shell(
 
 
 # ---------------------------------------------------------------------------------- pure functions
-
-
-def test_stores_and_where_their_artifacts_go(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve_store(None) == f"sqlite:///{folder}/mlflow.db"
-    assert resolve_store("sqlite:////data/m.db") == "sqlite:////data/m.db"
-    assert resolve_store("http://host:5000") == "http://host:5000"
-    assert artifact_location("sqlite:////data/m.db") == "/data/mlartifacts"
-    assert artifact_location("postgresql://host/db") == f"{folder}/mlartifacts"
-    assert artifact_location("http://host:5000") is None
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
-    assert resolve_store(None) == "http://host:5000"
-    assert resolve_store("sqlite:////data/m.db") == "sqlite:////data/m.db"
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["token", "hf_token", "HF_TOKEN", "accessToken", "api_key", "apikey", "db_password", "SECRET"],
-)
-def test_names_of_secrets(name: str) -> None:
-    assert redact({name: "abc"}) == {name: "[redacted]"}
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["tokenizer_name", "cache_dir", "sample_max_new_tokens", "eos_token", "flops_per_token"],
-)
-def test_names_of_what_is_no_secret(name: str) -> None:
-    assert redact({name: "token_cache"}) == {name: "token_cache"}
-
-
-def test_a_secret_that_is_not_set_shows_that() -> None:
-    assert redact({"hf_token": None}) == {"hf_token": None}
-
-
-def test_none_of_our_arguments_is_taken_for_a_secret() -> None:
-    values = dict.fromkeys(vars(Arguments()), "value")
-    assert redact(values) == values
-
-
-def test_redacting_keeps_what_an_at_sign_is_not_a_login_in() -> None:
-    for text in ("me@host.org", "https://host/a@b", "https://host/?q=a@b", "git@host:a/b"):
-        assert redact(text) == text
 
 
 def test_the_progress_line() -> None:

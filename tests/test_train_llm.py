@@ -107,7 +107,7 @@ def test_the_command_line_from_text_to_a_model(settings: dict, tmp_path: Path) -
     assert any("eval/token_accuracy" in line for line in log)
     assert f"{losses[0]:.4f} at the start, {losses[-1]:.4f} at the end" in first.stdout
     assert re.search("mlflow ui --backend-store-uri '?sqlite:///", first.stdout)
-    assert "    def " in first.stdout  # the sample
+    assert '\nSample   "def "\n  greedy\n    ' in first.stdout
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "final")
     model = AutoModelForCausalLM.from_pretrained(folder / "final")
@@ -316,12 +316,14 @@ def test_early_stopping_counts_on_over_a_resume(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([5.0, 4.0, 4.5, 4.6, 4.7, 4.8])
-    real = judging.evaluate
-    monkeypatch.setattr(
-        judging,
-        "evaluate",
-        lambda *args, **named: real(*args, **named) | {"eval/loss": next(losses)},
-    )
+    real = judging.evaluate_sets
+
+    def with_next_loss(*args: Any, **named: Any) -> Any:
+        judgements = real(*args, **named)
+        judgements[""].metrics["loss"] = next(losses)
+        return judgements
+
+    monkeypatch.setattr(judging, "evaluate_sets", with_next_loss)
     changes = {"early_stopping_patience": 3, "eval_steps": 2, "save_steps": 6, "max_steps": 100}
     die_at(monkeypatch, 6)
     assert train(**changes) == 1  # after 5.0, 4.0, 4.5, 4.6

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from arguments import Arguments
 from llm_training import chunked_loss, modeling
-from llm_training.losses import IGNORE_INDEX, shift_labels, token_loss_sum
+from llm_training.losses import IGNORE_INDEX, row_losses, shift_labels, token_loss_sum
 from llm_training.modeling import (
     CausalLMWithLoss,
     ModelError,
@@ -68,17 +68,16 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def train(network: CausalLMWithLoss, num_steps: int = 5) -> dict[str, Tensor]:
-    """Losses, gradient norms, right guesses and the weights after some steps of AdamW."""
+    """Losses, gradient norms and the weights after some steps of AdamW."""
     optimizer = build_optimizer(network, TRAINED, "cpu")
     found = []
     for _ in range(num_steps):
-        loss, correct = network(IDS, LABELS, count_correct=True)
+        loss, _ = network(IDS, LABELS)
         optimizer.zero_grad()
         (loss / 20).backward()
         norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
-        assert correct is not None
-        found.append(torch.stack([loss.detach(), norm, correct.float()]))
+        found.append(torch.stack([loss.detach(), norm]))
     held = dict(network.model.state_dict(keep_vars=True))
     for name, weight in held.items():
         if weight.shape[:1] == (NUM_ROWS,):
@@ -130,10 +129,10 @@ def test_a_row_without_a_token_is_never_guessed(name: str, is_chunked: bool) -> 
     network = CausalLMWithLoss(model, chunked_loss=is_chunked).eval()
     sevens = torch.full_like(IDS, 7)
     with torch.no_grad():
-        loss, correct = network(IDS, next_tokens=sevens, count_correct=True)
-    assert int(correct) == IDS.numel()
-    expected = token_loss_sum(plain(IDS).logits.detach(), sevens)
-    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+        losses, guesses = network(IDS, next_tokens=sevens, per_row=True, with_guesses=True)
+    assert torch.equal(guesses, sevens)
+    expected = row_losses(plain(IDS).logits.detach(), sevens)
+    assert torch.allclose(losses, expected, rtol=1e-6)
     logits = network(IDS)[0]
     assert torch.equal(logits[..., :VOCAB_SIZE].argmax(-1), sevens)
     assert (logits[..., VOCAB_SIZE:] == -torch.inf).all()
@@ -284,10 +283,10 @@ def test_a_run_and_what_it_leaves_are_those_without_padding(
     for name, values in expected.items():
         assert torch.allclose(torch.tensor(found[name]), torch.tensor(values), atol=1e-6), name
     samples = [
-        json.loads((place / run / "result.json").read_text("utf-8"))["sample"]
+        json.loads((place / run / "result.json").read_text("utf-8"))["samples"]
         for run in ("plain", "padded")
     ]
-    assert samples[0] == samples[1] is not None
+    assert samples[0] == samples[1] and len(samples[0]) == 2
     (checkpoint,) = (place / "padded/checkpoints/last").resolve().rglob("model*.safetensors")
     shapes = {tuple(tensor.shape) for tensor in load_file(checkpoint).values()}
     assert (320, 16) in shapes and (257, 16) not in shapes

@@ -1,11 +1,11 @@
-"""All the data of a run: one source, or several that are mixed."""
+"""All the data of a run: one source, or several that are mixed, and further validation sets."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,20 @@ from llm_training.data.errors import DataError
 from llm_training.data.folders import exclusive, new_folder
 from llm_training.data.leakage import Leakage, find_leakage
 from llm_training.data.ledger import Ledger
-from llm_training.data.prepare import list_files, make_tokenizer, prepare_source
+from llm_training.data.prepare import (
+    list_files,
+    make_tokenizer,
+    prepare_source,
+    prepare_validation_set,
+)
 from llm_training.data.prepared import PreparedData
 from llm_training.data.progress import Progress
-from llm_training.data.recipe import Recipe, make_recipe
+from llm_training.data.recipe import Recipe, load_if_given, make_recipe
 from llm_training.data.tokens.token_files import is_token_file
-from llm_training.data.tokens.tokenizers import (
-    load_tokenizer,
-    tokenizer_fingerprint,
-    train_tokenizer,
-)
+from llm_training.data.tokens.token_store import TokenStore
+from llm_training.data.tokens.tokenizers import tokenizer_fingerprint, train_tokenizer
 from llm_training.durable import write_json
+from llm_training.validation_sets import validation_set_arguments
 
 Say = Callable[[str], None]
 
@@ -48,15 +51,55 @@ def prepare_data(
         DataError: a fault in the data or its settings.
     """
     if arguments.streaming:
-        return _prepare_beside_stream(arguments, tokenizer_source, say)
-    if arguments.train_mixture:
+        data = _prepare_beside_stream(arguments, tokenizer_source, say)
+    elif arguments.train_mixture:
         data = _prepare_mixture(arguments, tokenizer_source, say)
+    elif has_only_validation_sets(arguments):
+        data = _tokenizer_alone(arguments, tokenizer_source)
     else:
         data = prepare_source(arguments, tokenizer_source=tokenizer_source, say=say)
-    if arguments.leakage_report and data.stores("train") and data.stores("validation"):
-        report = _leakage(data, Path(arguments.cache_dir).expanduser(), say)
-        data = dataclasses.replace(data, leakage=report)
-    return data
+    data = dataclasses.replace(data, validation_sets=prepare_validation_sets(arguments, data, say))
+    return _with_leakage(data, arguments, say) if arguments.leakage_report else data
+
+
+def has_only_validation_sets(arguments: Arguments) -> bool:
+    """Whether there is nothing to train on, and nothing to validate on but further sets."""
+    given = (arguments.train_file, arguments.dataset_name, arguments.validation_file)
+    return not any(given) and not arguments.train_mixture and bool(arguments.validation_sets)
+
+
+def prepare_validation_sets(
+    arguments: Arguments, data: PreparedData, say: Say
+) -> dict[str, PreparedData]:
+    """The further validation sets by name, in the tokens of `data`.
+
+    Raises:
+        DataError: a fault in one of them, which is named.
+    """
+    sets = {}
+    for name, own in validation_set_arguments(arguments).items():
+        say_of_set = _saying(name, say)
+        try:
+            sets[name] = prepare_validation_set(own, data.tokenizer, say=say_of_set)
+            _check_same_tokens(sets[name], data)
+        except DataError as error:
+            raise DataError(f"validation_sets, {name}: {error}") from error
+    return sets
+
+
+def _saying(name: str, say: Say) -> Say:
+    return lambda line: say(f"{name}: {line}")
+
+
+def _check_same_tokens(part: PreparedData, data: PreparedData) -> None:
+    """Refuses a set whose token file is of other tokens than the run."""
+    marks = {tokenizer_fingerprint(own.tokenizer) for own in (part, data) if own.tokenizer}
+    largest = max(store.max_id for store in part.stores("validation").values())
+    if len(marks) > 1 or largest >= data.vocab_size:
+        raise DataError(
+            f"its token file (largest id {largest:,}) was made with another tokenizer than that of"
+            f" the run ({data.vocab_size:,} tokens). Make it again with that, or give the text."
+        )
 
 
 def _prepare_beside_stream(
@@ -68,8 +111,12 @@ def _prepare_beside_stream(
             arguments, dataset_name=None, streaming=False, validation_split_percentage=0.0
         )
         return prepare_source(own, tokenizer_source=tokenizer_source, say=say)
+    return _tokenizer_alone(arguments, tokenizer_source)
+
+
+def _tokenizer_alone(arguments: Arguments, tokenizer_source: str | None) -> PreparedData:
     name = arguments.tokenizer_name or tokenizer_source
-    tokenizer = train_tokenizer("byte", (), 0) if name == "byte" else load_tokenizer(str(name))
+    tokenizer = load_if_given(name, has_train=False) or train_tokenizer("byte", (), 0)
     return PreparedData(
         train=None,
         validation=None,
@@ -94,7 +141,7 @@ def _prepare_mixture(arguments: Arguments, tokenizer_source: str | None, say: Sa
         part = prepare_source(
             own,
             tokenizer_source=tokenizer_source,
-            say=lambda line, name=name: say(f"{name}: {line}"),  # type: ignore[misc]
+            say=_saying(name, say),
         )
         parts[name] = dataclasses.replace(part, weight=weight)
     tokenizers = {
@@ -142,9 +189,32 @@ def _shared_tokenizer(arguments: Arguments, sources: dict[str, Arguments], say: 
     return folder
 
 
-def _leakage(data: PreparedData, cache: Path, say: Say) -> Leakage:
-    """The report on this data, made once."""
-    memory = cache / f"leakage-{data.fingerprint[:12]}.json"
+def _with_leakage(data: PreparedData, arguments: Arguments, say: Say) -> PreparedData:
+    """The data with a report on what its validation data, each set of it, shares with training."""
+    cache, train = Path(arguments.cache_dir).expanduser(), data.stores("train")
+    if not train:
+        return data
+    sets = {}
+    for name, part in data.validation_sets.items():
+        mark = _hash([data.fingerprint, part.fingerprint])
+        report = _leakage(train, part.stores("validation"), mark, cache, _saying(name, say))
+        sets[name] = dataclasses.replace(part, leakage=report)
+    data = dataclasses.replace(data, validation_sets=sets)
+    if not (validation := data.stores("validation")):
+        return data
+    own = _leakage(train, validation, data.fingerprint, cache, say)
+    return dataclasses.replace(data, leakage=own)
+
+
+def _leakage(
+    train: Mapping[str, TokenStore],
+    validation: Mapping[str, TokenStore],
+    mark: str,
+    cache: Path,
+    say: Say,
+) -> Leakage:
+    """The report on these stores, made once; `mark` changes with their tokens."""
+    memory = cache / f"leakage-{mark[:12]}.json"
     with exclusive(
         cache / f".{memory.name}.lock",
         lambda: say("Another process is looking for leakage; waiting"),
@@ -153,8 +223,8 @@ def _leakage(data: PreparedData, cache: Path, say: Say) -> Leakage:
             return Leakage(**json.loads(memory.read_text(encoding="utf-8")))
         progress = Progress(say, "Looking for validation text in training", 0)
         report = find_leakage(
-            list(data.stores("train").values()),
-            list(data.stores("validation").values()),
+            list(train.values()),
+            list(validation.values()),
             lambda num_tokens: progress.update(0, num_tokens),
         )
         write_json(memory, dataclasses.asdict(report))

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from arguments import Arguments, mixture_sources
-from llm_training.data.all_sources import prepare_data
+from llm_training.data.all_sources import prepare_data, prepare_validation_sets
 from llm_training.data.ledger import Ledger
 from llm_training.data.prepare import Say, is_stored, list_files, prepare_source
 from llm_training.data.prepared import PreparedData
-from llm_training.data.recipe import Recipe, make_recipe
+from llm_training.data.recipe import Recipe, make_recipe, make_validation_recipe
 from llm_training.data.tokens.store_meta import dtype_for
 from llm_training.data.tokens.token_files import is_token_file
 from llm_training.data.tokens.token_store import TokenStore
+from llm_training.validation_sets import validation_set_arguments
 
 # As much text is made into tokens in some ten seconds, with a tokenizer made from it before.
 MOST_BYTES = 20_000_000
@@ -28,7 +29,8 @@ class DataOutlook(NamedTuple):
     Attributes:
         data: the stores as they are; of those in `estimated`, only the numbers of tokens are true,
             about, and nothing can be read from them.
-        estimated: the sources whose tokens are estimated ("" for the only one).
+        estimated: the sources and validation sets whose tokens are estimated ("" for the only
+            source).
         num_bytes: that their stores will take.
     """
 
@@ -49,7 +51,15 @@ def prepare_or_estimate(
         DataError: a fault in the data or its settings.
     """
     plain = dataclasses.replace(arguments, leakage_report=False)
-    recipes = {} if arguments.streaming else _missing(plain, tokenizer_source)
+    alone = dataclasses.replace(plain, validation_sets={})
+    main = _without_validation_sets(alone, tokenizer_source, say)
+    return _with_validation_sets(main, plain, say)
+
+
+def _without_validation_sets(
+    plain: Arguments, tokenizer_source: str | None, say: Say
+) -> DataOutlook:
+    recipes = {} if plain.streaming else _missing(plain, tokenizer_source)
     if sum(recipe.num_bytes() for recipe in recipes.values()) <= MOST_BYTES:
         return DataOutlook(prepare_data(plain, tokenizer_source=tokenizer_source, say=say), [], 0)
     parts = {}
@@ -61,13 +71,43 @@ def prepare_or_estimate(
             parts[name] = _estimate(recipes[name])
         else:
             parts[name] = prepare_source(own, tokenizer_source=tokenizer_source, say=say)
-    num_bytes = sum(
-        store.num_tokens * store.dtype.itemsize
-        for name in recipes
-        for split in ("train", "validation")
-        for store in parts[name].stores(split).values()
-    )
+    num_bytes = sum(_num_bytes(parts[name]) for name in recipes)
     return DataOutlook(_together(plain, parts), list(recipes), num_bytes)
+
+
+def _with_validation_sets(outlook: DataOutlook, arguments: Arguments, say: Say) -> DataOutlook:
+    data, estimated, num_bytes = outlook
+    sets: dict[str, PreparedData] = {}
+    for name, own in validation_set_arguments(arguments).items():
+        recipe = _missing_set(own, data)
+        # With a tokenizer that is only about that of the run, there is nothing to keep.
+        if recipe and (outlook.estimated or recipe.num_bytes() > MOST_BYTES):
+            sets[name] = _estimate(recipe)
+            estimated = [*estimated, name]
+            num_bytes += _num_bytes(sets[name])
+        else:
+            one = {name: arguments.validation_sets[name]}
+            alone = dataclasses.replace(arguments, validation_sets=one)
+            sets |= prepare_validation_sets(alone, data, say)
+    return DataOutlook(dataclasses.replace(data, validation_sets=sets), estimated, num_bytes)
+
+
+def _missing_set(own: Arguments, data: PreparedData) -> Recipe | None:
+    """What the store of a validation set would be made of, where it is not there yet."""
+    _, files = list_files(own, Ledger(), _say_nothing)
+    if data.tokenizer is None or any(is_token_file(file.path) for file in files):
+        return None
+    recipe = make_validation_recipe(own, files, data.tokenizer, _say_nothing)
+    return None if is_stored(recipe, own) else recipe
+
+
+def _num_bytes(data: PreparedData) -> int:
+    """What its stores will take on disk."""
+    return sum(
+        store.num_tokens * store.dtype.itemsize
+        for split in ("train", "validation")
+        for store in data.stores(split).values()
+    )
 
 
 def _missing(arguments: Arguments, tokenizer_source: str | None) -> dict[str, Recipe]:

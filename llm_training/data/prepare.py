@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -23,7 +24,7 @@ from llm_training.data.folders import check_free_space, exclusive, new_folder
 from llm_training.data.ledger import Ledger
 from llm_training.data.prepared import PreparedData, content_fingerprint
 from llm_training.data.progress import Progress
-from llm_training.data.recipe import Recipe, make_recipe
+from llm_training.data.recipe import Recipe, make_recipe, make_validation_recipe
 from llm_training.data.tokens.bin_files import prepare_bin_files
 from llm_training.data.tokens.encoding import TextEncoder
 from llm_training.data.tokens.nanogpt_meta import write_nanogpt_meta
@@ -77,6 +78,46 @@ def prepare_source(
             say=say,
         )
     recipe = make_recipe(arguments, train_files, validation_files, tokenizer_source, say)
+    folder = _take_or_build(recipe, arguments, say)
+    return _open_prepared(folder, recipe, listing)
+
+
+def prepare_validation_set(
+    arguments: DataArguments,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    say: Say = print,
+) -> PreparedData:
+    """Reads, tokenizes and stores a further validation set, unless that was done before.
+
+    Args:
+        arguments: its own settings.
+        tokenizer: that of the run; None where it has none, and all data is token files.
+        say: takes lines that tell what is being done.
+
+    Raises:
+        DataError: a fault in its data or settings.
+    """
+    listing = Ledger()
+    _, files = list_files(arguments, listing, say)
+    if any(is_token_file(file.path) for file in files):
+        _check_token_settings(arguments)
+        return prepare_bin_files(
+            (),
+            files,
+            share=Fraction(0),
+            tokenizer_name=None,
+            tokenizer_source=None,
+            tokenizer=tokenizer,
+            cache_dir=Path(arguments.cache_dir).expanduser(),
+            say=say,
+        )
+    if tokenizer is None:
+        raise DataError(
+            "It is text, and the run, whose data is token files, has no tokenizer for it. Name the"
+            " tokenizer that made those with tokenizer_name, or give this set as a token file too."
+        )
+    recipe = make_validation_recipe(arguments, files, tokenizer, say)
     folder = _take_or_build(recipe, arguments, say)
     return _open_prepared(folder, recipe, listing)
 

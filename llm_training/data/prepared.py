@@ -30,6 +30,7 @@ class PreparedData:
         leakage: what training and validation data share, where that was looked for.
         parts: of a mixture, its sources by name.
         weight: of a source in a mixture.
+        validation_sets: further data to validate on, by name; it is in none of the above.
     """
 
     train: TokenStore | None
@@ -41,6 +42,7 @@ class PreparedData:
     leakage: Leakage | None = None
     parts: Mapping[str, PreparedData] = field(default_factory=dict)
     weight: float = 1.0
+    validation_sets: Mapping[str, PreparedData] = field(default_factory=dict)
 
     def stores(self, split: str) -> dict[str, TokenStore]:
         """The token stores of a split, by the name of their source; of a single source ""."""
@@ -58,9 +60,13 @@ class PreparedData:
 
     def lines(self) -> list[str]:
         """The ledgers for a person."""
-        lines = self.ledger.lines()
-        lines += [f"{name}: {line}" for name, part in self.parts.items() for line in part.lines()]
-        return [*lines, self.leakage.line()] if self.leakage else lines
+        lines = self.ledger.lines() + _named_lines(self.parts)
+        lines += [self.leakage.line()] if self.leakage else []
+        return lines + _named_lines(self.validation_sets)
+
+
+def _named_lines(parts: Mapping[str, PreparedData]) -> list[str]:
+    return [f"{name}: {line}" for name, part in parts.items() for line in part.lines()]
 
 
 def content_fingerprint(train: str | None, validation: str | None, tokenizer: str | None) -> str:

@@ -151,20 +151,12 @@ def make_recipe(
     share = validation_share(arguments.validation_split_percentage)
     name = arguments.tokenizer_name or tokenizer_source
     has_train = bool(train_files or arguments.dataset_name)
-    tokenizer = _load_if_given(name, has_train=has_train)
+    tokenizer = load_if_given(name, has_train=has_train)
     document_format = make_format(arguments, tokenizer)
     train: Source | None
     validation: Source | None
     train, validation = (
-        TextFiles(
-            files,
-            document_format,
-            document_separator=arguments.document_separator,
-            skip_bad_files=arguments.skip_bad_files,
-            skip_bad_documents=arguments.skip_bad_documents,
-        )
-        if files
-        else None
+        _text_files(files, arguments, document_format) if files else None
         for files in (train_files, validation_files)
     )
     if arguments.dataset_name:
@@ -191,6 +183,59 @@ def make_recipe(
         min_frequency=arguments.bpe_min_frequency,
         special_tokens=tuple(arguments.special_tokens),
         holds_conversations=document_format.gives_conversations,
+    )
+
+
+def make_validation_recipe(
+    arguments: DataArguments,
+    files: list[SourceFile],
+    tokenizer: PreTrainedTokenizerBase,
+    say: Say,
+) -> Recipe:
+    """Everything that decides the tokens of a further validation set; loads its dataset.
+
+    Args:
+        arguments: its own; a dataset gives the split that is named for validation.
+        files: what its validation_file names; none: it is of a dataset.
+        tokenizer: that of the run.
+
+    Raises:
+        DataError: the dataset cannot be had, or the tokenizer knows no conversations.
+    """
+    document_format = make_format(arguments, tokenizer)
+    validation: Source
+    if files:
+        validation = _text_files(files, arguments, document_format)
+    else:
+        say(f"Loading dataset {arguments.dataset_name}")
+        validation, _ = load_hub_dataset(
+            str(arguments.dataset_name),
+            arguments.dataset_config_name,
+            split=arguments.dataset_validation_split or VALIDATION,
+            revision=arguments.dataset_revision,
+            document_format=document_format,
+            skip_bad_documents=arguments.skip_bad_documents,
+        )
+    return Recipe(
+        train=None,
+        validation=_filtered(validation, arguments),
+        share=Fraction(0),
+        tokenizer_name=str(tokenizer.name_or_path),
+        tokenizer=tokenizer,
+        vocab_size=arguments.vocab_size,
+        holds_conversations=document_format.gives_conversations,
+    )
+
+
+def _text_files(
+    files: list[SourceFile], arguments: DataArguments, document_format: DocumentFormat
+) -> TextFiles:
+    return TextFiles(
+        files,
+        document_format,
+        document_separator=arguments.document_separator,
+        skip_bad_files=arguments.skip_bad_files,
+        skip_bad_documents=arguments.skip_bad_documents,
     )
 
 
@@ -224,8 +269,12 @@ def _filtered(source: Source | None, arguments: DataArguments) -> Source | None:
     )
 
 
-def _load_if_given(name: str | None, *, has_train: bool) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of that name; None for a kind that is made from the training data."""
+def load_if_given(name: str | None, *, has_train: bool) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of that name; None for a kind that is made here, from training data or not.
+
+    Raises:
+        DataError: it cannot be loaded, or is made from training data, and there is none.
+    """
     if name is None:
         raise DataError(
             "There is no tokenizer. Set tokenizer_name to a local folder, a hub id, or char, byte"

@@ -129,8 +129,25 @@ def plain_name(name: str) -> str:
 
 
 def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters under their plain names; tied ones once, under the first."""
-    return {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    """The trained parameters under their plain names; tied ones once, under the first.
+
+    Others are as the model was built, of a base that adapters are trained for above all: no
+    checkpoint holds them.
+    """
+    return {plain_name(n): p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def without_frozen(state: Mapping[str, T], model: nn.Module) -> dict[str, T]:
+    """Of a state dict what is trained, and the buffers.
+
+    Libraries leave a tied weight in under its second name.
+    """
+    names = {
+        plain_name(name)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not parameter.requires_grad
+    }
+    return {name: value for name, value in state.items() if plain_name(name) not in names}
 
 
 def buffers_by_name(model: nn.Module) -> dict[str, Tensor]:

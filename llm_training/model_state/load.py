@@ -134,7 +134,10 @@ def _load_zero(accelerator: Accelerator, folder: Path, engine: Any) -> None:
     fail_together(problem)
     try:
         with _settings_kept(engine.optimizer):
-            loaded, _ = engine.load_checkpoint(str(folder), DEEPSPEED_FOLDER)
+            has_all = all(parameter.requires_grad for parameter in engine.module.parameters())
+            loaded, _ = engine.load_checkpoint(
+                str(folder), DEEPSPEED_FOLDER, load_module_strict=has_all
+            )
     except READ_ERRORS as error:
         raise CheckpointError(
             f"DeepSpeed cannot read {folder}: {first_line(error)} {RESET_ADVICE}"

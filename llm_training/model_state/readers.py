@@ -201,7 +201,9 @@ def _read_zero_weights(folder: Path) -> Weights:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=DEEPSPEED_FOLDER)
+        return get_fp32_state_dict_from_zero_checkpoint(
+            str(folder), tag=DEEPSPEED_FOLDER, exclude_frozen_parameters=True
+        )
 
 
 def _read_zero_optimizer(folder: Path, scratch: Path) -> dict[str, dict[str, Any]]:

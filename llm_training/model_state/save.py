@@ -22,7 +22,13 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
 )
 
-from llm_training.model_state.form import StateForm, save_on_main_process, save_together
+from llm_training.model_state.form import (
+    StateForm,
+    parameters_by_name,
+    save_on_main_process,
+    save_together,
+    without_frozen,
+)
 from llm_training.model_state.live import LiveModel
 from llm_training.model_state.random_state import random_state_file
 from llm_training.model_state.readers import (
@@ -78,7 +84,7 @@ def estimate_bytes(accelerator: Accelerator) -> int:
     """About how many bytes `save_model_state` writes over all ranks, each tensor counted once."""
     stage = StateForm.of_run(accelerator).zero_stage
     total = 0
-    for parameter in accelerator._models[0].parameters():
+    for parameter in parameters_by_name(accelerator._models[0]).values():
         count = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty one
         # Stages 1 and 2 also keep the weights that compute.
         total += count * (STATE_BYTES + (parameter.element_size() if stage in (1, 2) else 0))
@@ -94,7 +100,7 @@ def _live(accelerator: Accelerator) -> LiveModel:
 def _save_plain(accelerator: Accelerator, put: Put) -> None:
     """One process or DDP: rank 0 has all."""
     (model,) = accelerator._models
-    weights = accelerator.get_state_dict(model, unwrap=False)
+    weights = without_frozen(accelerator.get_state_dict(model, unwrap=False), model)
     contents: dict[str, Any] = {PLAIN_WEIGHTS: clean_state_dict_for_safetensors(weights)}
     for optimizer in accelerator._optimizers:
         contents[OPTIMIZER] = optimizer.state_dict()
@@ -105,8 +111,8 @@ def _save_full(accelerator: Accelerator, put: Put) -> None:
     """FSDP2 put together: only on rank 0, but every rank takes part in it."""
     live = _live(accelerator)
     assert live.optimizer is not None
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(live.model, options=options)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    weights = without_frozen(get_model_state_dict(live.model, options=options), live.model)
     _put(accelerator, put, {FULL_WEIGHTS: weights})
     del weights  # the optimizer needs the room
     state = get_optimizer_state_dict(live.model, live.optimizer, options=options)
@@ -131,8 +137,10 @@ def _save_sharded(accelerator: Accelerator, folder: Path) -> None:
 def _save_zero(accelerator: Accelerator, folder: Path) -> None:
     """DeepSpeed: every rank writes its part, between barriers inside the engine."""
     (engine,) = accelerator._models
-    with _failures_kept(engine) as failures:
-        engine.save_checkpoint(str(folder), DEEPSPEED_FOLDER, save_latest=False)
+    with _failures_kept(engine) as failures, _without_frozen(engine):
+        engine.save_checkpoint(
+            str(folder), DEEPSPEED_FOLDER, save_latest=False, exclude_frozen_parameters=True
+        )
 
     path, failure = failures[0] if failures else (DEEPSPEED_FOLDER, None)
 
@@ -171,6 +179,17 @@ def _failures_kept(engine: Any) -> Iterator[list[tuple[str, Exception]]]:
         yield failures
     finally:
         del writer.save, engine._copy_recovery_script  # the methods of their classes again
+
+
+@contextmanager
+def _without_frozen(engine: Any) -> Iterator[None]:
+    """Inside, an engine tells no weights that are not trained."""
+    tell = engine.module_state_dict
+    engine.module_state_dict = lambda **options: without_frozen(tell(**options), engine.module)
+    try:
+        yield
+    finally:
+        del engine.module_state_dict  # the method of its class again
 
 
 def _put(accelerator: Accelerator, put: Put, contents: dict[str, Any]) -> None:

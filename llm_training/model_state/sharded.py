@@ -11,11 +11,16 @@ from typing import Any
 
 import torch
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._pytree import tree_map
 
+from llm_training.model_state.form import without_frozen
 from llm_training.model_state.live import LiveModel, local_part
 from llm_training.model_state.readers import check_moments, moments_of
 
@@ -24,7 +29,7 @@ STATE = "optimizer.state."  # before the name of a parameter and the kind of its
 
 def save_sharded_weights(live: LiveModel, folder: Path) -> None:
     """Writes this rank's part of the weights; every rank must call this, and fails if one does."""
-    _save({"model": get_model_state_dict(live.model)}, folder)
+    _save({"model": _trained_weights(live)}, folder)
 
 
 def save_sharded_optimizer(live: LiveModel, folder: Path) -> None:
@@ -35,7 +40,7 @@ def save_sharded_optimizer(live: LiveModel, folder: Path) -> None:
 
 def load_sharded_weights(live: LiveModel, folder: Path) -> None:
     """Reads this rank's part of the weights; every rank must call this, and fails if one does."""
-    _load(get_model_state_dict(live.model), "model", folder)
+    _load(_trained_weights(live), "model", folder)
 
 
 def load_sharded_optimizer(live: LiveModel, folder: Path) -> None:
@@ -57,6 +62,11 @@ def load_sharded_optimizer(live: LiveModel, folder: Path) -> None:
     }
     _load({"state": targets}, "optimizer", folder)
     live.set_optimizer_state(targets)
+
+
+def _trained_weights(live: LiveModel) -> dict[str, Any]:
+    options = StateDictOptions(ignore_frozen_params=True)
+    return without_frozen(get_model_state_dict(live.model, options=options), live.model)
 
 
 def _written_kinds(folder: Path) -> dict[str, set[str]]:

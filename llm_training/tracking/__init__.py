@@ -1,8 +1,16 @@
 """Everything a run writes down: train_log.jsonl, Accelerate's trackers, and the console's lines."""
 
-from llm_training.tracking.console import evaluation_line, progress_line
-from llm_training.tracking.errors import TrackingError
+from llm_training.tracking.console import evaluation_line, evaluation_lines, progress_line
+from llm_training.tracking.errors import TrackingError, last_lines
 from llm_training.tracking.redaction import redact
 from llm_training.tracking.tracking import Tracking
 
-__all__ = ["Tracking", "TrackingError", "evaluation_line", "progress_line", "redact"]
+__all__ = [
+    "Tracking",
+    "TrackingError",
+    "evaluation_line",
+    "evaluation_lines",
+    "last_lines",
+    "progress_line",
+    "redact",
+]

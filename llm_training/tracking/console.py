@@ -30,14 +30,27 @@ def progress_line(
     return " | ".join(parts)
 
 
-def evaluation_line(step: int, metrics: dict[str, float]) -> str:
+def evaluation_lines(step: int, metrics: dict[str, float]) -> list[str]:
+    """The lines on an evaluation: of the main set, and of each further set and source."""
+    by_set: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items():
+        of_set, _, metric = name.removeprefix("eval/").rpartition("/")
+        by_set.setdefault(of_set, {})[metric] = value
+    return [evaluation_line(step, own, of_set) for of_set, own in by_set.items()]
+
+
+def evaluation_line(step: int, metrics: dict[str, float], of_set: str = "") -> str:
     """The line on an evaluation, with all of its metrics in their order.
 
-    For instance `eval  step 120 | loss 3.9012 | perplexity 49.5 | token accuracy 0.3106`.
+    For instance `eval  step 120 | loss 3.9012 ± 0.0103 | perplexity 49.5 | token accuracy 0.3106`;
+    that of a set has its name behind the step.
     """
-    parts = [f"eval  step {step}"]
+    parts = [f"eval  step {step}", *([of_set] if of_set else [])]
     for name, value in metrics.items():
         label = name.removeprefix("eval/").replace("_", " ")
         digits = "," if isinstance(value, int) else ".4f" if value < 10 else ",.1f"
-        parts.append(f"{label} {value:{digits}}")
+        if label == "loss stderr":
+            parts[-1] += f" ± {value:{digits}}"
+        else:
+            parts.append(f"{label} {value:{digits}}")
     return " | ".join(parts)

@@ -1,57 +1,57 @@
-"""The MLflow side of a run: which store, which experiment, and what an earlier start wrote there.
+"""The MLflow side of a run: begun or gone on with, fed, and ended with the truth.
 
-Accelerate's MLflow tracker starts the run, notes its parameters and uploads files. Here is what it
-leaves to the script: a store and an artifact folder that do not depend on what lies in the working
-folder, a run that can go on after a kill, many points in one transaction, and a true status. MLflow
-takes 1.4 s to import, hence inside functions.
+Accelerate's MLflow tracker starts the run and notes its parameters. Here is what it leaves to the
+script: a run that can go on after a kill, many points in one transaction, what the run was trained
+on, files that are replaced as they grow, and a true status.
 """
 
 from __future__ import annotations
 
-import gc
-import logging
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_training.tracking.errors import TrackingError
-from llm_training.tracking.redaction import redact_url
-from llm_training.tracking.single_point_runs import Parameters, require_package
-from llm_training.tracking.tracked_run import Point, Status
+from llm_training.tracking.mlflow_notes import (
+    DESCRIPTION_TAG,
+    TABLES,
+    TABLES_TAG,
+    artifact_folder,
+    context_tags,
+    cut,
+    dataset_inputs,
+    description,
+    ending_tags,
+    outdated_tags,
+    with_table,
+)
+from llm_training.tracking.mlflow_store import (
+    ensure_experiment,
+    no_garbage_collection,
+    prepare_mlflow,
+)
+from llm_training.tracking.mlflow_sweep import (
+    PARENT_RUN_ID,
+    Result,
+    best_result,
+    find_or_make_parent,
+    note_result,
+)
+from llm_training.tracking.record import RunRecord
+from llm_training.tracking.tracked_run import Ending, Point, Status
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
-    from mlflow import MlflowClient
     from mlflow.entities import Run
 
     from arguments import Arguments
 
 RUN_ID_FILE = "mlflow_run_id.txt"
-
-# A dead server must cost the start and the end of a run seconds, where MLflow's own defaults make
-# it four minutes; and a training machine calls nobody that its user did not name.
-ENVIRONMENT_DEFAULTS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-}
-
-# These would go before the arguments that describe the run, so they are taken away from MLflow.
-# MLFLOW_TRACKING_URI is not among them: it decides where tracking_uri is null.
-IGNORED_ENVIRONMENT = (
-    "MLFLOW_EXPERIMENT_NAME",
-    "MLFLOW_RUN_ID",
-    "MLFLOW_TAGS",
-    "MLFLOW_NESTED_RUN",
-)
-
-MAX_PARAMETER_LENGTH = 6000  # MLflow's limit in characters; Accelerate drops what is longer
-CUT_MARK = "... [cut]"
 MAX_METRICS_AT_ONCE = 1000  # MLflow's limit
+DECIDING_METRIC = "eval/loss"  # where the record names no other
+FALLING = ("loss", "perplexity", "bits_per_byte")  # as the evaluation has it: the lower the better
 
 
 class MLflowRun:
@@ -74,9 +74,7 @@ class MLflowRun:
         self,
         arguments: Arguments,
         output_dir: Path,
-        parameters: Parameters,
-        tags: dict[str, str],
-        resumed_step: int | None,
+        record: RunRecord,
         say: Callable[[str], None],
     ) -> None:
         """Prepares the environment and reaches nobody; the arguments are those of `Tracking`.
@@ -84,26 +82,18 @@ class MLflowRun:
         Raises:
             TrackingError: MLflow is missing.
         """
-        require_package("mlflow")
-        for name, value in ENVIRONMENT_DEFAULTS.items():
-            os.environ.setdefault(name, value)
-        for name in IGNORED_ENVIRONMENT:
-            if os.environ.pop(name, None) is not None:
-                say(f"warning: the environment's {name} is not used; the arguments decide")
-        with _no_garbage_collection():
-            import mlflow
-
-        logging.getLogger("mlflow.store.db").setLevel(logging.WARNING)  # each new table else
-        self.uri = resolve_store(arguments.tracking_uri)
+        self.uri = prepare_mlflow(arguments.tracking_uri, say)
         self.run_id: str | None = None
-        mlflow.set_tracking_uri(self.uri)
+        self._output_dir = output_dir
         self._run_id_file = output_dir / RUN_ID_FILE
-        self._resumed_step = -1 if resumed_step is None else resumed_step
         self._experiment_name = arguments.experiment_name
         self._run_name = arguments.run_name
-        self._parameters = parameters
-        self._tags = tags
+        self._record = record
         self._say = say
+        self._rewinds: list[tuple[int, int]] = []  # not told yet
+        self._num_rewinds = 0
+
+    # -------------------------------------------------------------------------------- the start
 
     def start(self) -> None:
         """Finds store, experiment and the earlier run, and has Accelerate's tracker start it.
@@ -112,7 +102,7 @@ class MLflowRun:
             TrackingError: the experiment's name cannot be used.
             mlflow.exceptions.MlflowException: the store cannot be reached.
         """
-        with _no_garbage_collection():
+        with no_garbage_collection():
             self._start()
 
     def _start(self) -> None:
@@ -121,31 +111,36 @@ class MLflowRun:
 
         self._client = MlflowClient(self.uri)
         # Also where a run was killed before its first checkpoint and begins anew.
-        run = self._find_earlier_run()
+        run, tags = self._find_earlier_run()
         self._stored_steps = self._read_stored_steps(run) if run else {}
-        _ensure_experiment(self._client, self._experiment_name, self.uri)
+        experiment_id = ensure_experiment(self._client, self._experiment_name, self.uri)
+        if run is None:
+            tags |= context_tags()
+        tags |= {name: cut(text) for name, text in self._record.tags.items()}
+        tags |= self._sweep_tags(experiment_id)
         self._tracker: GeneralTracker = MLflowTracker(
             self._experiment_name,
             run_id=run.info.run_id if run else None,
             run_name=self._run_name,
-            tags=self._tags,
+            tags=tags,
         )
         try:
             self._tracker.start()
             self.run_id = str(self._tracker.tracker.info.run_id)
             self._note_run_id(self.run_id)
             self._log_parameters(self.run_id, run.data.params if run else {})
+            self._log_surroundings(self.run_id, run.data.tags if run else {})
         except BaseException:
             with suppress(Exception):  # the first error tells more
                 end_active_run("FAILED")
             raise
 
-    def _find_earlier_run(self) -> Run | None:
-        """The run to go on with, in whichever experiment it is; None if there is none any more."""
+    def _find_earlier_run(self) -> tuple[Run | None, dict[str, str]]:
+        """The run to go on with, in whichever experiment it is; else a tag on one that is gone."""
         from mlflow.exceptions import MlflowException
 
         if not self._run_id_file.exists():
-            return None
+            return None, {}
         run_id = self._run_id_file.read_text(encoding="utf-8").strip()
         try:
             run = self._client.get_run(run_id)
@@ -157,10 +152,9 @@ class MLflowRun:
             self._say(
                 f"warning: MLflow's run {run_id} is gone from the store; a new one is started"
             )
-            self._tags = {**self._tags, "resumed_from_run": run_id}
-            return None
+            return None, {"resumed_from_run": run_id}
         self._experiment_name = self._client.get_experiment(run.info.experiment_id).name
-        return run
+        return run, {}
 
     def _read_stored_steps(self, run: Run) -> dict[str, set[int]]:
         """The steps that the store has, for each metric."""
@@ -169,6 +163,13 @@ class MLflowRun:
             name: {point.step for point in history(run.info.run_id, name)}
             for name in run.data.metrics
         }
+
+    def _sweep_tags(self, experiment_id: str) -> dict[str, str]:
+        sweep = self._record.sweep
+        if sweep is None:
+            return {}
+        parent = find_or_make_parent(self._client, experiment_id, sweep)
+        return {"sweep": sweep, PARENT_RUN_ID: parent}
 
     def _note_run_id(self, run_id: str) -> None:
         beside = self._run_id_file.with_suffix(".tmp")
@@ -181,13 +182,24 @@ class MLflowRun:
         MLflow's never change. Where a run goes on with another value than the stored one, the tag
         `resume.STEP.NAME` says "stored -> now".
         """
-        now = {name: _cut(str(value)) for name, value in self._parameters.items()}
+        now = {name: cut(str(value)) for name, value in self._record.parameters.items()}
         new = {name: now[name] for name in now if name not in stored}
         self._tracker.store_init_configuration(new)
         for name in now:
             if name in stored and stored[name] != now[name]:
-                tag = f"resume.{max(0, self._resumed_step)}.{name}"
-                self._client.set_tag(run_id, tag, _cut(f"{stored[name]} -> {now[name]}"))
+                tag = f"resume.{self._record.resumed_step or 0}.{name}"
+                self._client.set_tag(run_id, tag, cut(f"{stored[name]} -> {now[name]}"))
+
+    def _log_surroundings(self, run_id: str, stored_tags: dict[str, str]) -> None:
+        """Notes the datasets and the description; what is true no more is taken away."""
+        if datasets := dataset_inputs(self._record):
+            self._client.log_inputs(run_id, datasets)
+        for name in outdated_tags(stored_tags, self._record):
+            self._client.delete_tag(run_id, name)
+        self._num_rewinds = sum(name.startswith("rewound.") for name in stored_tags)
+        self._client.set_tag(run_id, DESCRIPTION_TAG, description(self._record, run_id, None))
+
+    # ------------------------------------------------------------------------------- the middle
 
     def missing(self, points: Sequence[Point]) -> list[Point]:
         """Leaves out what the store had at the start, and NaN and infinity (it keeps 1.8e308)."""
@@ -215,11 +227,72 @@ class MLflowRun:
         for first in range(0, len(metrics), MAX_METRICS_AT_ONCE):
             part = metrics[first : first + MAX_METRICS_AT_ONCE]
             self._client.log_batch(str(self.run_id), metrics=part, synchronous=True)
+        self._tell_rewinds()
 
-    def closing_calls(self, status: Status, artifacts: Sequence[Path]) -> list[Callable[[], Any]]:
-        """Uploads the artifacts, and tells the status."""
-        uploads = [partial(self._tracker.log_artifact, str(path)) for path in artifacts]
-        return [*uploads, partial(end_active_run, status)]
+    def note_rewind(self, first: int, last: int) -> None:
+        """Has it told that the run went back from step `last` behind step `first`; on any thread.
+
+        MLflow takes no point back: those of both passes are in the curves.
+        """
+        self._rewinds.append((first, last))
+
+    def _tell_rewinds(self) -> None:
+        while self._rewinds:
+            first, last = self._rewinds[0]
+            text = f"steps {first + 1}-{last} were computed again, from step {first} on"
+            self._client.set_tag(str(self.run_id), f"rewound.{self._num_rewinds + 1}", text)
+            self._num_rewinds += 1
+            self._rewinds.pop(0)
+
+    def upload(self, path: Path) -> None:
+        """Keeps a copy of a file, in the folder that it has below the output folder."""
+        run_id, folder = str(self.run_id), artifact_folder(path, self._output_dir)
+        self._client.log_artifact(run_id, str(path), folder)
+        if folder is None and path.name in TABLES:
+            tables = self._client.get_run(run_id).data.tags.get(TABLES_TAG)
+            if (now := with_table(tables, path.name)) != tables:
+                self._client.set_tag(run_id, TABLES_TAG, now)
+
+    # ---------------------------------------------------------------------------------- the end
+
+    def closing_calls(self, ending: Ending, artifacts: Sequence[Path]) -> list[Callable[[], Any]]:
+        """Notes how it went, uploads the artifacts, and tells the status."""
+        return [
+            partial(self._note_ending, ending),
+            *(partial(self.upload, path) for path in artifacts),
+            self._note_result,
+            partial(end_active_run, ending.status),
+        ]
+
+    def _note_ending(self, ending: Ending) -> None:
+        self._tell_rewinds()
+        for name, text in ending_tags(ending).items():
+            self._client.set_tag(str(self.run_id), name, text)
+
+    def _note_result(self) -> None:
+        """Puts the best result into the description, and has the sweep know it."""
+        run_id, (metric, rises) = str(self.run_id), deciding_metric(self._record)
+        result: Result | None = best_result(self._client, run_id, metric, rises=rises)
+        if result is None:
+            return
+        text = description(self._record, run_id, result)
+        self._client.set_tag(run_id, DESCRIPTION_TAG, text)
+        if self._record.sweep is None:
+            return
+        run = self._client.get_run(run_id)
+        # Asked for anew: two that were made at once, or one that was deleted meanwhile.
+        parent = find_or_make_parent(self._client, run.info.experiment_id, self._record.sweep)
+        if run.data.tags.get(PARENT_RUN_ID) != parent:
+            self._client.set_tag(run_id, PARENT_RUN_ID, parent)
+        note_result(self._client, run, parent, result)
+
+
+def deciding_metric(record: RunRecord) -> tuple[str, bool]:
+    """The metric that says which of two runs is better, and whether higher is."""
+    metric = str(record.parameters.get("metric_for_best_model", DECIDING_METRIC))
+    rises = record.parameters.get("greater_is_better")
+    is_falling = metric.rpartition("/")[-1] in FALLING
+    return metric, rises if isinstance(rises, bool) else not is_falling
 
 
 def end_active_run(status: Status) -> None:
@@ -230,63 +303,3 @@ def end_active_run(status: Status) -> None:
     import mlflow
 
     mlflow.end_run(status)
-
-
-def resolve_store(tracking_uri: str | None) -> str:
-    """The store's URI: the argument, else MLFLOW_TRACKING_URI, else mlflow.db in this folder.
-
-    The path of a SQLite file becomes absolute, so that the review command works from anywhere.
-    """
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    if uri.startswith("sqlite:///"):
-        uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
-    return uri
-
-
-def artifact_location(uri: str) -> str | None:
-    """Where a new experiment's artifacts go; None: the server decides.
-
-    A database without a server would put them in ./mlruns: here it is mlartifacts/, beside the
-    SQLite file or in the working folder.
-    """
-    if uri.startswith("sqlite:///"):
-        return str(Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts")
-    if uri.startswith(("postgresql", "mysql", "mssql")):
-        return str(Path("mlartifacts").absolute())
-    return None
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """For imports: what they make stays, and to search it for garbage takes a third of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def _ensure_experiment(client: MlflowClient, name: str, uri: str) -> None:
-    """Makes the experiment if it is not there, so that Accelerate's tracker finds it."""
-    if "'" in name:
-        raise TrackingError(
-            f"experiment_name: {name!r} has a single quote, with which Accelerate's MLflow tracker"
-            " cannot find it. Choose a name without one."
-        )
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        client.create_experiment(name, artifact_location=artifact_location(uri))
-    elif experiment.lifecycle_stage == "deleted":
-        raise TrackingError(
-            f"experiment_name: {name!r} was deleted in MLflow, which keeps the name. Choose another"
-            f" name, or restore it: MLFLOW_TRACKING_URI={redact_url(uri)}"
-            f" mlflow experiments restore --experiment-id {experiment.experiment_id}"
-        )
-
-
-def _cut(value: str) -> str:
-    if len(value) <= MAX_PARAMETER_LENGTH:
-        return value
-    return value[: MAX_PARAMETER_LENGTH - len(CUT_MARK)] + CUT_MARK

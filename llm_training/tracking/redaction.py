@@ -13,13 +13,25 @@ _PLAIN_TOKEN_NAME = re.compile(
     r"(^|_)(pad|eos|bos|unk|sep|cls|mask|per|image|audio|video|start|end|decoder)_token$", re.I
 )
 _URL_LOGIN = re.compile(r"(\w+://)[^/\s]+@")
+# `--hf_token abc`, `password=abc`, `"api_key": "abc"`, `Bearer abc`
+_NAMED_IN_TEXT = re.compile(
+    r"""(--\w*token[ =]|\w*(?:passw(?:or)?d|secret|(?:api|access|private)_?key|_token)"""
+    r"""["']?[=:]\s?|\bbearer\s)(["']?)(?!\[redacted)[^\s"',;&)]+""",
+    re.I,
+)
+# As Hugging Face, GitHub, GitLab, AWS, OpenAI, Slack and Databricks make them.
+_TOKEN = re.compile(
+    r"\b(hf_[A-Za-z0-9]{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{15,}"
+    r"|A(KI|SI)A[0-9A-Z]{16}|sk-[\w-]{20,}|xox[abp]-[\w-]{10,}|dapi[0-9a-f]{32})\b"
+)
 
 
 def redact(value: Any, name: str = "") -> Any:
     """A copy of `value` (of the setting `name`) without secrets, however deep they lie.
 
-    Secret are the values of names such as `hf_token`, `api_key` and `db_password`, and the login in
-    a URL such as `https://user:pass@host`. `tokenizer_name` and `eos_token` are not.
+    Secret are the values of names such as `hf_token`, `api_key` and `db_password`, the login in a
+    URL such as `https://user:pass@host`, and tokens as the known services make them.
+    `tokenizer_name` and `eos_token` are not.
     """
     if isinstance(value, dict):
         return {key: redact(item, str(key)) for key, item in value.items()}
@@ -27,7 +39,21 @@ def redact(value: Any, name: str = "") -> Any:
         return [redact(item, name) for item in value]
     if value is not None and _SECRET_NAME.search(name) and not _PLAIN_TOKEN_NAME.search(name):
         return REDACTED
-    return redact_url(value) if isinstance(value, str) else value
+    return _redact_tokens(value) if isinstance(value, str) else value
+
+
+def redact_text(text: str) -> str:
+    """A text such as a traceback without logins, tokens, and what is said to be a secret."""
+
+    def hide(match: re.Match[str]) -> str:
+        name = match[1].strip("\"'=: -")
+        return match[0] if _PLAIN_TOKEN_NAME.search(name) else match[1] + match[2] + REDACTED
+
+    return _NAMED_IN_TEXT.sub(hide, _redact_tokens(text))
+
+
+def _redact_tokens(text: str) -> str:
+    return _TOKEN.sub(REDACTED, redact_url(text))
 
 
 def redact_url(text: str) -> str:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llm_training.tracking.errors import TrackingError, first_line
+from llm_training.tracking.mlflow_model import log_model_in_time
 from llm_training.tracking.mlflow_run import MLflowRun
-from llm_training.tracking.redaction import redact, redact_url
-from llm_training.tracking.single_point_runs import Parameters, TensorBoardRun, WandbRun
+from llm_training.tracking.note import RunNote, first_start
+from llm_training.tracking.record import RunRecord
+from llm_training.tracking.redaction import redact_url
+from llm_training.tracking.single_point_runs import TensorBoardRun, WandbRun
 from llm_training.tracking.steady_tracker import SteadyTracker
-from llm_training.tracking.tracked_run import Point, Status, TrackedRun
-from llm_training.tracking.train_log import TrainLog, read_points
+from llm_training.tracking.tracked_run import Ending, Point, Status, TrackedRun
+from llm_training.tracking.train_log import TrainLog, points_between, read_points
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 # How long the end of a run waits for its trackers. A launcher kills what is still there 30 s after
 # SIGTERM, or after another process failed, and the last checkpoint has had its share of them.
 END_SECONDS: dict[Status, float] = {"FINISHED": 30.0, "FAILED": 10.0, "KILLED": 10.0}
+SEND_SECONDS = 5.0  # for the last points, before the model is logged
 
 
 class Tracking:
@@ -38,7 +42,8 @@ class Tracking:
     the loop nothing. One that cannot be started ends the run at its start, unless
     `arguments.tracking` is "optional".
 
-    A kill loses what a tracker was yet to be sent; the next start finds it in train_log.jsonl.
+    A kill loses what a tracker was yet to be sent; the next start finds it in train_log.jsonl, and
+    so does `python -m llm_training.tracking sync OUTPUT_DIR`, with what tracking.json says.
 
     No method communicates between processes: all of them may call it, or one.
     """
@@ -49,9 +54,7 @@ class Tracking:
         arguments: Arguments,
         output_dir: Path,
         *,
-        parameters: dict[str, Any],
-        tags: dict[str, str] | None = None,
-        resumed_step: int | None = None,
+        record: RunRecord,
     ) -> None:
         """Starts the trackers of `arguments.report_to` and opens train_log.jsonl.
 
@@ -59,9 +62,7 @@ class Tracking:
             accelerator: says which process is the main one; it need not know the trackers.
             arguments: the logging group and `run_name`.
             output_dir: the run's folder; it also remembers which MLflow run goes on.
-            parameters: what is noted of the run; secrets are taken out.
-            tags: short texts about it, such as the git revision; secrets are taken out.
-            resumed_step: step of the checkpoint that the run goes on from; None: a new run.
+            record: what is noted of the run, without secrets.
 
         Raises:
             TrackingError: a tracker does not start as asked. On the main process only.
@@ -69,55 +70,60 @@ class Tracking:
         self._is_main_process: bool = accelerator.is_main_process
         self._mlflow: MLflowRun | None = None
         self._trackers: list[SteadyTracker] = []
+        self._last_step = 0  # that was logged
         if not self._is_main_process:
             return
         self._output_dir = output_dir
         output_dir.mkdir(parents=True, exist_ok=True)
-        simple = {name: _to_simple_value(value) for name, value in redact(parameters).items()}
-        runs = self._build_runs(arguments, simple, redact(tags or {}), resumed_step)
+        runs = self._build_runs(arguments, record)
         earlier: list[Point] = []
-        if runs and resumed_step is not None:
-            earlier = read_points(output_dir, resumed_step)
+        if runs and record.resumed_step is not None:
+            earlier = read_points(output_dir, record.resumed_step)
         for run in runs:
             self._start_tracker(run, earlier, is_required=arguments.tracking == "required")
-        # Not before: a run that does not begin leaves the log as it is.
-        self._train_log = self._open_train_log(resumed_step)
+        # Not before: a run that does not begin leaves log and note as they are.
+        self._train_log = self._open_train_log(record.resumed_step)
+        self._note = RunNote(
+            record=record,
+            experiment_name=arguments.experiment_name,
+            run_name=arguments.run_name,
+            store=redact_url(self._mlflow.uri) if self._mlflow else None,
+            run_id=self.run_id,
+        )
+        self._note.started = first_start(output_dir) or self._note.started
+        self._write_note()
 
     @property
     def run_id(self) -> str | None:
         """MLflow's id of the run; None without MLflow, on other processes, and until it answers."""
         return self._mlflow.run_id if self._mlflow else None
 
-    def _build_runs(
-        self,
-        arguments: Arguments,
-        parameters: Parameters,
-        tags: dict[str, str],
-        resumed_step: int | None,
-    ) -> list[TrackedRun]:
+    def _build_runs(self, arguments: Arguments, record: RunRecord) -> list[TrackedRun]:
         """What `arguments.report_to` names, not started yet."""
         folder, runs = self._output_dir, list[TrackedRun]()
-        with_tags: Parameters = {**parameters, **tags}  # where a tracker has none
         if "mlflow" in arguments.report_to:
-            self._mlflow = MLflowRun(arguments, folder, parameters, tags, resumed_step, self.say)
+            self._mlflow = MLflowRun(arguments, folder, record, self.say)
             runs.append(self._mlflow)
         if "tensorboard" in arguments.report_to:
-            is_resumed = resumed_step is not None
-            runs.append(
-                TensorBoardRun(_tensorboard_folder(folder), with_tags, is_resumed=is_resumed)
-            )
+            runs.append(TensorBoardRun(_tensorboard_folder(folder), record))
         if "wandb" in arguments.report_to:
-            runs.append(WandbRun(arguments, folder, with_tags))
+            runs.append(WandbRun(arguments, folder, record))
         self._report_to = [run.name for run in runs]
         return runs
 
     def _start_tracker(self, run: TrackedRun, earlier: list[Point], *, is_required: bool) -> None:
         """A run that does not start says what to do, and does not stay behind as FINISHED."""
-        tracker = SteadyTracker(run, self.say, earlier)
+        tracker = SteadyTracker(
+            run,
+            self.say,
+            earlier,
+            read_log=partial(points_between, self._output_dir),
+            remedy=f"Send them later: {self._command('sync')}" if run is self._mlflow else "",
+        )
         try:
             tracker.start(is_required=is_required)
         except Exception as error:
-            self._end_trackers("FAILED", ())
+            self._end_trackers(Ending("FAILED"), ())
             if isinstance(error, TrackingError):
                 raise
             raise TrackingError(
@@ -144,6 +150,9 @@ class Tracking:
         if self._is_main_process:
             self._train_log.close()
             self._train_log = self._open_train_log(step)
+            if self._mlflow and self._last_step > step:
+                self._mlflow.note_rewind(step, self._last_step)
+            self._last_step = step
 
     def say(self, line: str) -> None:
         """Prints a line on the main process's console."""
@@ -159,6 +168,7 @@ class Tracking:
             return
         values = {name: float(value) for name, value in metrics.items()}
         point = Point(values, step, round(time.time(), 3))
+        self._last_step = step
         try:
             self._train_log.write(point)
         except OSError as error:
@@ -166,20 +176,96 @@ class Tracking:
         for tracker in self._trackers:
             tracker.log(point)
 
-    def finish(self, status: Status, artifacts: Sequence[Path] = ()) -> None:
+    def flush(self, artifacts: Sequence[Path] = ()) -> None:
+        """Puts the log on the disk, and asks the trackers to send now and to keep these files.
+
+        After each checkpoint. The trackers' part is only queued.
+        """
+        if not self._is_main_process:
+            return
+        try:
+            self._train_log.flush()
+        except OSError as error:
+            self.say(
+                f"warning: {self._train_log.path} may not be on the disk ({first_line(error)})"
+            )
+        for tracker in self._trackers:
+            tracker.flush(artifacts)
+        if self.run_id != self._note.run_id:
+            self._write_note()
+
+    def log_model(self, folder: Path, registered_name: str | None) -> None:
+        """Logs the finished model in `folder` to MLflow, waits for it, and says what came of it.
+
+        Args:
+            folder: a plain Hugging Face folder.
+            registered_name: in MLflow's registry; None: do not register it.
+        """
+        if self._mlflow is None:
+            self.say("warning: log_model and register_model do nothing without mlflow in report_to")
+            return
+        self.flush()
+        give_up_at = time.monotonic() + SEND_SECONDS
+        while any(tracker.num_unsent for tracker in self._trackers):
+            if time.monotonic() > give_up_at:
+                break
+            time.sleep(0.02)  # the model takes over what its run has of its last step
+        name = f" --register_model {shlex.quote(registered_name)}" if registered_name else ""
+        log_model_in_time(
+            folder,
+            self._mlflow.uri,
+            self.run_id,
+            self._last_step,
+            registered_name,
+            self.say,
+            remedy=f"Do it later: {self._command('log_model')}{name}",
+        )
+
+    def _command(self, name: str) -> str:
+        """The command that does a thing to this run's record later."""
+        return f"python -m llm_training.tracking {name} {shlex.quote(str(self._output_dir))}"
+
+    def finish(
+        self,
+        status: Status,
+        artifacts: Sequence[Path] = (),
+        *,
+        error: str = "",
+        reason: str = "",
+    ) -> None:
         """Sends what waits, uploads the artifacts (files) to MLflow and ends every tracker.
 
         A tracker that needs longer than END_SECONDS is left to itself, and what it lacks is told.
         A second call does nothing.
-        """
-        if self._is_main_process:
-            self._end_trackers(status, artifacts)
-            self._train_log.close()
 
-    def _end_trackers(self, status: Status, artifacts: Sequence[Path]) -> None:
-        give_up_at = time.monotonic() + END_SECONDS[status]
+        Args:
+            status: how the run ended.
+            artifacts: files.
+            error: the last lines of the traceback that ended it, if one did.
+            reason: what stopped it, such as a signal.
+        """
+        if not self._is_main_process or self._note.ending:
+            return
+        ending = Ending(status, error, reason)
+        self._note.ending, self._note.ended = ending, round(time.time(), 3)
+        self._write_note()  # first: a launcher may end this process while a tracker is waited for
+        self._end_trackers(ending, artifacts)
+        if self.run_id != self._note.run_id:
+            self._write_note()
+        self._train_log.close()
+
+    def _write_note(self) -> None:
+        self._note.run_id = self.run_id
+        try:
+            self._note.write(self._output_dir)
+        except OSError as error:
+            self.say(f"warning: tracking.json is not up to date ({first_line(error)})")
+
+    def _end_trackers(self, ending: Ending, artifacts: Sequence[Path]) -> None:
+        seconds = END_SECONDS[ending.status]
+        give_up_at = time.monotonic() + seconds
         for tracker in self._trackers:
-            tracker.begin_end(status, artifacts, END_SECONDS[status])
+            tracker.begin_end(ending, artifacts, seconds)
         for tracker in self._trackers:
             tracker.wait_for_end(give_up_at - time.monotonic())
         self._trackers.clear()
@@ -211,10 +297,3 @@ def _mlflow_command() -> str:
 
 def _tensorboard_folder(output_dir: Path) -> Path:
     return output_dir / "tensorboard"
-
-
-def _to_simple_value(value: Any) -> bool | int | float | str:
-    """The value where every tracker can store it, else its JSON (null for None)."""
-    if isinstance(value, (bool, int, float, str)):
-        return value
-    return json.dumps(value, default=str)

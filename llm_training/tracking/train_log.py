@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from llm_training.tracking.tracked_run import Point
@@ -44,16 +45,31 @@ class TrainLog:
         line |= {name: _to_json(value) for name, value in point.metrics.items()}
         self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
 
+    def flush(self) -> None:
+        """Waits until all lines are on the disk, where not even a power cut takes them away."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Closes the file; once is enough, twice does no harm."""
         self._file.close()
 
 
-def read_points(folder: Path, last_step: int) -> list[Point]:
+def read_points(folder: Path, last_step: float) -> list[Point]:
     """What the log in `folder` holds up to a step, oldest first; torn lines are passed over."""
     path = folder / FILE_NAME
     lines = path.read_bytes().splitlines() if path.exists() else []
     return [_to_point(line) for line in lines if _is_whole_line_up_to(line, last_step)]
+
+
+def points_between(folder: Path, first: float, last: float) -> Iterator[Point]:
+    """The same of what was logged between two Unix times, both included, a line at a time."""
+    path = folder / FILE_NAME
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for line in file:
+            if _is_whole_line_up_to(line, math.inf) and first <= _to_point(line).time <= last:
+                yield _to_point(line)
 
 
 def _to_point(line: bytes) -> Point:
@@ -84,7 +100,7 @@ def _rewind(path: Path, step: int) -> int:
     return len(lines) - len(kept)
 
 
-def _is_whole_line_up_to(line: bytes, step: int) -> bool:
+def _is_whole_line_up_to(line: bytes, step: float) -> bool:
     try:
         record = json.loads(line)
     except ValueError:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from arguments import Arguments
@@ -122,3 +123,131 @@ def test_the_report_on_leakage_is_plain_json(folder: Path) -> None:
     (file,) = (folder / "cache").glob("leakage-*.json")
     assert json.loads(file.read_text())["documents"] == 4
     assert data.leakage is not None and data.leakage.documents == 4
+
+
+# ------------------------------------------------------------------------------- validation sets
+
+
+def with_sets(folder: Path, *words: str) -> dict[str, Any]:
+    """Settings that name a set of one text for each word."""
+    sets = {}
+    for word in words:
+        file = folder / f"{word}.txt"
+        file.write_text(f"{word} is what it is about, again and again: {word}. " * 5)
+        sets[word] = {"validation_file": [str(file)]}
+    return {"validation_sets": sets}
+
+
+def text_of(data: PreparedData) -> str:
+    assert data.validation is not None and data.tokenizer is not None
+    return str(data.tokenizer.decode(data.validation.tokens.tolist(), skip_special_tokens=True))
+
+
+def test_a_set_is_in_the_runs_tokens_and_changes_nothing_else(folder: Path) -> None:
+    plain = prepare(folder)
+    said: list[str] = []
+    sets = with_sets(folder, "math", "law")
+    data = prepare(folder, said, **sets)
+    assert data.fingerprint == plain.fingerprint
+    assert data.stores("validation").keys() == plain.stores("validation").keys()
+    assert list(data.validation_sets) == ["math", "law"]
+    for name, part in data.validation_sets.items():
+        assert part.train is None and part.tokenizer is data.tokenizer
+        assert text_of(part) == (folder / f"{name}.txt").read_text()
+    assert len({part.fingerprint for part in data.validation_sets.values()}) == 2
+    assert any(line.startswith("math: validation: 1 documents") for line in data.lines())
+    assert any(line.startswith("law: Tokens: written to") for line in said)
+    said.clear()
+    prepare(folder, said, **sets)
+    assert any(line.startswith("law: Tokens: unchanged") for line in said)
+
+
+def test_what_a_set_shares_with_training_is_looked_for_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = with_sets(folder, "math", "law")
+    shared = (folder / "math.txt").read_text()
+    for file in sorted((folder / "prose").iterdir()):
+        file.write_text(shared)
+    found = prepare(folder, tokenizer_name="byte", **sets).validation_sets
+    assert found["math"].leakage is not None and found["math"].leakage.same_documents == 1
+    assert found["law"].leakage is not None and found["law"].leakage.same_documents == 0
+    monkeypatch.setattr(all_sources, "find_leakage", lambda *_: pytest.fail("looked again"))
+    again = prepare(folder, tokenizer_name="byte", **sets).validation_sets
+    assert again["math"].leakage == found["math"].leakage
+
+
+def test_a_set_has_columns_of_its_own_and_takes_the_others_from_the_run(folder: Path) -> None:
+    sets = with_sets(folder)
+    for name, column in (("own", "body"), ("as_the_run", "content")):
+        file = folder / f"{name}.jsonl"
+        file.write_text(json.dumps({"body": "b " * 20, "content": "c " * 20}))
+        sets["validation_sets"][name] = {"validation_file": [str(file)]}
+        if column == "body":
+            sets["validation_sets"][name]["text_column"] = column
+    data = prepare(folder, tokenizer_name="byte", text_column="content", **sets)
+    texts = {name: text_of(part) for name, part in data.validation_sets.items()}
+    assert texts == {"own": "b " * 20, "as_the_run": "c " * 20}
+
+
+def test_a_set_may_be_another_split_of_a_dataset(folder: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    splits = {
+        name: datasets.Dataset.from_dict({"text": [f"{name} {i} " * 9 for i in range(4)]})
+        for name in ("train", "test")
+    }
+    datasets.DatasetDict(splits).save_to_disk(str(folder / "saved"))
+    sets = {"validation_sets": {"held_out": {"dataset_validation_split": "test"}}}
+    data = prepare(
+        folder, tokenizer_name="byte", train_mixture={}, dataset_name=str(folder / "saved"), **sets
+    )
+    assert text_of(data.validation_sets["held_out"]) == "".join(f"test {i} " * 9 for i in range(4))
+    assert data.validation is not None and "test" not in text_of(data)
+
+
+def test_a_set_may_be_a_token_file_of_the_same_tokenizer(folder: Path) -> None:
+    def files_of(kind: str) -> Path:
+        own = with_sets(folder, "math")["validation_sets"]["math"]
+        made = prepare(
+            folder, train_mixture={}, train_file=own["validation_file"], tokenizer_name=kind
+        )
+        return made.train.path  # type: ignore[union-attr]
+
+    def prepare_with(path: Path) -> PreparedData:
+        sets = {"math": {"validation_file": [str(path)]}}
+        return prepare(folder, tokenizer_name="byte", validation_sets=sets)
+
+    path = files_of("byte")
+    part = prepare_with(path).validation_sets["math"]
+    assert part.validation is not None and part.validation.path == path
+    with pytest.raises(DataError, match=r"validation_sets, math: its token file .* was made with"):
+        prepare_with(files_of("bpe"))
+
+
+def test_a_token_file_that_says_nothing_is_taken_for_the_runs_tokens(folder: Path) -> None:
+    def prepare_with(*ids: int) -> PreparedData:
+        path = folder / "plain.bin"
+        np.array(ids, "<u2").tofile(path)
+        sets = {"plain": {"validation_file": [str(path)]}}
+        return prepare(folder, tokenizer_name="byte", validation_sets=sets)
+
+    assert prepare_with(*b"plain", 256).validation_sets["plain"].num_tokens("validation") == 6
+    with pytest.raises(DataError, match=r"validation_sets, plain: .* has only 257 tokens"):
+        prepare_with(*b"plain", 300)
+
+
+def test_a_fault_of_a_set_names_it(folder: Path) -> None:
+    (folder / "empty.txt").write_text("")
+    sets = {"void": {"validation_file": [str(folder / "empty.txt")]}}
+    with pytest.raises(DataError, match=r"^validation_sets, void: .*empty"):
+        prepare(folder, tokenizer_name="byte", validation_sets=sets)
+
+
+def test_there_may_be_nothing_but_sets_and_sets_beside_a_stream(folder: Path) -> None:
+    plain = {"tokenizer_name": "byte", "cache_dir": str(folder / "cache")}
+    stream = {"dataset_name": "some/where", "streaming": True}
+    for changes in ({}, stream):
+        settings: dict[str, Any] = plain | changes | with_sets(folder, "math")
+        data = prepare_data(Arguments(**settings), say=lambda _: None)
+        assert (data.stores("train"), data.stores("validation")) == ({}, {})
+        assert text_of(data.validation_sets["math"]) == (folder / "math.txt").read_text()

@@ -58,3 +58,47 @@ def test_of_a_mixture_each_source_is_estimated(text_folder: Path, tmp_path: Path
     outlook = prepare_or_estimate(arguments)
     assert outlook.estimated == ["a", "b"]
     assert set(outlook.data.stores("train")) == {"a", "b"}
+
+
+def with_set(text: Path, folder: Path, **changes: Any) -> Arguments:
+    file = folder / "math.txt"
+    file.write_text("1 + 1 = 2. " * 500)
+    return settings(
+        text,
+        folder / "cache",
+        validation_sets={"math": {"validation_file": [str(file)]}},
+        **changes,
+    )
+
+
+def test_a_validation_set_is_made_ready_where_it_is_small(
+    text_folder: Path, tmp_path: Path
+) -> None:
+    arguments = with_set(text_folder, tmp_path)
+    outlook = prepare_or_estimate(arguments)
+    assert (outlook.estimated, outlook.num_bytes) == ([], 0)
+    (made,) = outlook.data.validation_sets.values()
+    (again,) = prepare_data(arguments).validation_sets.values()
+    assert made.fingerprint == again.fingerprint
+
+
+def test_a_validation_set_is_estimated_where_it_is_large(
+    text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = with_set(text_folder, tmp_path, tokenizer_name="byte")
+    prepare_or_estimate(settings(text_folder, tmp_path / "cache", tokenizer_name="byte"))
+    monkeypatch.setattr(estimate, "MOST_BYTES", 1000)
+    outlook = prepare_or_estimate(arguments)  # the store of what is trained on is there
+    assert outlook.estimated == ["math"]
+    made = outlook.data.validation_sets["math"]
+    assert made.num_tokens("validation") == 11 * 500 + 1
+    assert outlook.num_bytes == 2 * made.num_tokens("validation")
+
+
+@pytest.mark.usefixtures("all_texts_are_large")
+def test_a_validation_set_is_estimated_beside_what_is_estimated(
+    text_folder: Path, tmp_path: Path
+) -> None:
+    outlook = prepare_or_estimate(with_set(text_folder, tmp_path))
+    assert outlook.estimated == ["", "math"]
+    assert 500 < outlook.data.validation_sets["math"].num_tokens("validation") < 5501

@@ -7,6 +7,7 @@ A record has one entry more, `chunked`: how often a loss was computed in chunks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llm_training import chunked_loss
@@ -19,15 +20,18 @@ num_chunked = 0
 
 def count_chunked_losses() -> None:
     """From now on, `num_chunked` grows with each loss that is computed in chunks."""
-    compute = chunked_loss.linear_token_loss_sum
+    for name in ("linear_token_loss_sum", "linear_row_losses"):  # in training, in evaluation
+        setattr(chunked_loss, name, counted(getattr(chunked_loss, name)))
+    chunked_loss.positions_per_chunk = lambda *_: POSITIONS_PER_CHUNK
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
+
+def counted(compute: Callable[..., Any]) -> Callable[..., Any]:
+    def and_counts(*args: Any, **kwargs: Any) -> Any:
         global num_chunked
         num_chunked += 1
         return compute(*args, **kwargs)
 
-    chunked_loss.linear_token_loss_sum = counted
-    chunked_loss.positions_per_chunk = lambda *_: POSITIONS_PER_CHUNK
+    return and_counts
 
 
 def record_chunks() -> None:

@@ -153,6 +153,8 @@ def record_of(output: OutputFolder, samples: list[list[int]]) -> dict[str, Any]:
         name: [float(line.get(metric, math.nan)) for line in lines if metric in line]
         for name, metric in CURVES.items()
     }
+    # An evaluation notes them too, at steps that have no line of their own.
+    curves["tokens"] = [float(line["train/tokens"]) for line in lines if "train/loss" in line]
     return {**curves, "samples": samples}
 
 

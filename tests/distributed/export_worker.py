@@ -28,12 +28,12 @@ from arguments import Arguments, BatchSizes
 from llm_training import export
 from llm_training.data.tokens.tokenizers import train_tokenizer
 from llm_training.export import ExportError, export_model
-from llm_training.generation import generate_sample
 from llm_training.launch import build_accelerator
 from llm_training.launch_settings import read_launch_settings
 from llm_training.modeling import CausalLMWithLoss, build_model
 from llm_training.ranks import leave
 from llm_training.updates import backward, finish_step
+from tests.continuations import continue_text
 
 VOCABULARY, LENGTH = 300, 16
 CONFIGS: dict[str, PretrainedConfig] = {
@@ -138,7 +138,7 @@ def export_case(parts: Parts, folder: Path) -> dict[str, Any]:
 def speak(accelerator: Accelerator, opened: PreTrainedModel) -> str:
     """A sample from the model as it was opened again; the other processes do not take part."""
     with accelerator.autocast():
-        return generate_sample(opened, TOKENIZER, "def ", max_new_tokens=8, temperature=0.5, seed=1)
+        return continue_text(opened, TOKENIZER, "def ", max_new_tokens=8, temperature=0.5)
 
 
 def describe_split(network: PreTrainedModel) -> str:

@@ -29,6 +29,7 @@ from llm_training.checksums import file_checksum, file_note
 from llm_training.launch_settings import read_launch_settings
 from llm_training.outputs import OutputFolder
 from llm_training.ranks import leave
+from llm_training.stopping import StopRequest
 
 
 def train(words: list[str]) -> dict[str, Any]:
@@ -43,6 +44,12 @@ def train(words: list[str]) -> dict[str, Any]:
         metric: {str(line["step"]): line[f"train/{metric}"] for line in lines}
         for metric in ("loss", "grad_norm")
     }
+
+
+def run_wholly(words: list[str]) -> dict[str, Any]:
+    """A run to its end, with all that it leaves."""
+    train_llm.run_training(read(words), StopRequest())
+    return {}
 
 
 def convert(words: list[str]) -> dict[str, Any]:
@@ -107,7 +114,7 @@ def read(words: list[str]) -> Arguments:
     return read_arguments(words, num_processes=read_launch_settings().data_parallel_size)
 
 
-ACTIONS = {"train": train, "convert": convert, "spoil": spoil}
+ACTIONS = {"train": train, "run_wholly": run_wholly, "convert": convert, "spoil": spoil}
 
 
 def run_case(case: dict[str, Any]) -> dict[str, Any]:

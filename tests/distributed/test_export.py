@@ -112,7 +112,7 @@ def test_the_opened_model_speaks_without_the_other_ranks(
 ) -> None:
     for case in exported.cases:
         expected, found = alone.facts(case)[0]["sample"], exported.facts(case)[0]["sample"]
-        assert len(found) > len("def ")
+        assert found
         assert found == expected or not exported.is_exact(case)
 
 

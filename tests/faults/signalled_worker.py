@@ -49,7 +49,7 @@ def signalled(place, work):
 
 
 train_llm.compute_gradients = signalled("step", train_llm.compute_gradients)
-judging.evaluate = signalled("evaluation", judging.evaluate)
+judging.evaluate_sets = signalled("evaluation", judging.evaluate_sets)
 network.build_model = signalled("build", network.build_model)
 save_model_state = signalled("save", checkpoint_writing.save_model_state)
 checkpoint_writing.save_model_state = save_model_state

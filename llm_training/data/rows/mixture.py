@@ -78,7 +78,7 @@ class MixtureRows:
         return which, positions // block * share + slots - (self._borders[which] - share)
 
     def batch(self, rows: NDArray[np.int64]) -> Batch:
-        which = np.searchsorted(self._offsets, rows, "right") - 1
+        which = self.source_of(rows)
         which[rows == NO_ROW] = next(k for k, share in enumerate(self._shares) if share)
         whole: Batch = {}
         for k in np.unique(which).tolist():
@@ -90,6 +90,10 @@ class MixtureRows:
                 )
                 out[torch.from_numpy(mine)] = part
         return whole
+
+    def source_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The number of the source, as in `names`, that each of these rows is of: both (N,)."""
+        return np.searchsorted(self._offsets, rows, "right") - 1
 
     def documents(self, row: int) -> list[int]:
         k = int(np.searchsorted(self._offsets, row, "right")) - 1

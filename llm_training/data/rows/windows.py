@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from arguments import holds_conversations
 from llm_training.data.errors import DataError
 from llm_training.data.prepared import PreparedData
 from llm_training.data.rows.mixture import MixtureRows
@@ -98,6 +100,35 @@ def validation_rows(data: PreparedData, arguments: DataArguments, block_size: in
             f" {block_size}. Give more, or a larger --block_size."
         )
     return rows[""] if not data.parts else MixtureRows(rows, dict.fromkeys(rows, 1.0))
+
+
+def validation_set_rows(
+    data: PreparedData, arguments: DataArguments, block_size: int
+) -> dict[str, Rows]:
+    """The rows of each further validation set by its name, as those of the validation data.
+
+    Documents see each other in them where they do in training, whatever a set holds.
+
+    Raises:
+        DataError: a set has not even one row; it is named.
+    """
+    arguments = dataclasses.replace(arguments, document_mask=_is_masked(data, arguments))
+    sets = {}
+    for name, part in data.validation_sets.items():
+        try:
+            rows = validation_rows(part, arguments, block_size)
+        except DataError as error:
+            raise DataError(f"validation_sets, {name}: {error}") from error
+        assert rows is not None, "it was prepared to be judged on"
+        sets[name] = rows
+    return sets
+
+
+def _is_masked(data: PreparedData, arguments: DataArguments) -> bool:
+    """Whether documents of the run's own data are kept apart; a stream is known by its columns."""
+    if arguments.document_mask is None and not [*data.stores("train"), *data.stores("validation")]:
+        return holds_conversations(arguments)
+    return any(own.document_mask for own in _settings_of(data, arguments, 2).values())
 
 
 def row_settings(

@@ -55,6 +55,7 @@ def prepare_bin_files(
     share: Fraction,
     tokenizer_name: str | None,
     tokenizer_source: str | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     cache_dir: Path,
     say: Say,
 ) -> PreparedData:
@@ -63,6 +64,9 @@ def prepare_bin_files(
     Validation is `validation_files`, else the validation file beside `train.bin` or `train.npy`,
     else the last `share` of the training tokens. Our own files are known by their `meta.json`; any
     other is read once to find its largest id, and what was found is kept in `cache_dir`.
+
+    Args:
+        tokenizer: of the run that the files are validated in, where they say nothing of theirs.
 
     Raises:
         DataError: a file is no token file, or holds an id that the vocabulary said beside it or
@@ -76,7 +80,10 @@ def prepare_bin_files(
     paths = _choose_files(train_files, validation_files, share)
     claims = {split: read_claims(path) for split, path in paths.items()}
     first = next(iter(paths))
-    tokenizer = _find_tokenizer(paths[first], claims[first], tokenizer_name, tokenizer_source, say)
+    tokenizer = (
+        _find_tokenizer(paths[first], claims[first], tokenizer_name, tokenizer_source, say)
+        or tokenizer
+    )
     scan = _remembered_scan(cache_dir, say)
     stores = {
         split: _open(path, claims[split], tokenizer, scan, say) for split, path in paths.items()

@@ -1,11 +1,20 @@
 """Rows by position: every token once, and the same samples however a step is split."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from llm_training.data.rows.store_rows import IGNORE_INDEX, StreamRows
-from llm_training.data.rows.windows import TrainingWindows, evaluation_batches
+from arguments import DataArguments
+from llm_training.data import DataError, PreparedData
+from llm_training.data.ledger import Ledger
+from llm_training.data.rows.store_rows import IGNORE_INDEX, PackedRows, StreamRows
+from llm_training.data.rows.windows import (
+    TrainingWindows,
+    evaluation_batches,
+    validation_set_rows,
+)
 from llm_training.data.tokens.token_store import TokenArray
 
 TOKENS = np.arange(100, 147, dtype=np.uint16)  # 11 rows of 4, 3 tokens left over
@@ -91,3 +100,53 @@ def test_a_limited_evaluation_is_spread_and_the_same_however_it_is_split() -> No
 
     assert seen(1) == [100, 112, 124, 136]  # rows 0, 3, 6, 9 of 12
     assert seen(1) == seen(2) == seen(3) == seen(1, 3) == seen(2, 16)
+
+
+# ------------------------------------------------------------------------------- validation sets
+
+
+class Store(TokenArray):
+    """Six documents of ten tokens; in conversations, the last five of each are learned."""
+
+    has_learned: bool
+
+    @classmethod
+    def of(cls, *, is_conversation: bool) -> Any:
+        ends = np.arange(10, 61, 10, dtype=np.uint64)
+        learned = np.tile([0] * 5 + [1] * 5, 6).astype(np.uint8) if is_conversation else None
+        store = cls(np.arange(60, dtype=np.uint16), ends, learned)
+        object.__setattr__(store, "has_learned", is_conversation)
+        return store
+
+
+def data_of(train: Any, **sets: Any) -> PreparedData:
+    def prepared(train: Any, validation: Any, parts: Any = None) -> PreparedData:
+        return PreparedData(train, validation, None, 60, "", Ledger(), validation_sets=parts or {})
+
+    return prepared(train, None, {name: prepared(None, store) for name, store in sets.items()})
+
+
+@pytest.mark.parametrize("is_conversation", [False, True])
+def test_sets_are_masked_as_training_is_and_keep_their_own_packing(is_conversation: bool) -> None:
+    text, chat = Store.of(is_conversation=False), Store.of(is_conversation=True)
+    data = data_of(chat if is_conversation else text, text=text, chat=chat)
+    rows = validation_set_rows(data, DataArguments(), 20)
+    assert (type(rows["text"]), type(rows["chat"])) == (StreamRows, PackedRows)
+    assert [own.document_mask for own in rows.values()] == [is_conversation] * 2
+    assert [own.num_rows for own in rows.values()] == [3, 3]
+    unmasked = validation_set_rows(data, DataArguments(document_mask=False), 20)
+    assert not any(own.document_mask for own in unmasked.values())
+
+
+def test_beside_a_stream_the_columns_tell_what_is_masked() -> None:
+    data = data_of(None, text=Store.of(is_conversation=False))
+    for column in (None, "messages"):
+        arguments = DataArguments(streaming=True, messages_column=column)
+        (rows,) = validation_set_rows(data, arguments, 20).values()
+        assert rows.document_mask is (column is not None)
+
+
+def test_a_set_without_a_row_is_named() -> None:
+    data = data_of(None, math=Store.of(is_conversation=False))
+    with pytest.raises(DataError, match=r"^validation_sets, math: .* less than one row of 64"):
+        validation_set_rows(data, DataArguments(), 64)

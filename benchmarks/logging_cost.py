@@ -1,0 +1,133 @@
+"""What it costs to log every step, as a share of the training.
+
+    python benchmarks/logging_cost.py --rounds 5 --steps 250
+
+The model of the quickstart, `logging_steps=1`, in fresh processes: every round trains once for each
+way, in turns that alternate, with and without MLflow (SQLite, in the same process). Evaluation and
+saving are left out, but for the last checkpoint.
+
+- `share`: of the seconds between the first and the last logged step, those that the loop spent in
+  logging (measuring, the log's line, the console's line, the queue) and those that the tracker's
+  thread computed (which another core may have done for nothing, or the loop may have waited for:
+  all of them are counted)
+- `time`: the seconds between these steps with MLflow, by those without in the same round
+
+The first is what logging costs; the second says that nothing was forgotten, within its noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
+
+WAYS = ("none", "mlflow")
+SETTINGS: dict[str, Any] = {
+    "logging_steps": 1,
+    "warmup_steps": 1,
+    "eval_steps": None,
+    "save_steps": None,
+    "save_best": False,
+    "leakage_report": False,
+    "sample_prompt": [],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--one", choices=WAYS, help="train once, and print what it took as JSON")
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(train(options.one, options.steps)))
+        return
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+        train_elsewhere("none", 2, Path(folder))  # makes the tokens
+        for number in range(options.rounds):
+            for way in WAYS if number % 2 else WAYS[::-1]:
+                found[way].append(train_elsewhere(way, options.steps, Path(folder)))
+                print(f"round {number + 1}, {way}: {found[way][-1]}", flush=True)
+    report(found)
+
+
+def train_elsewhere(way: str, steps: int, folder: Path) -> dict[str, float]:
+    """Trains in a process of its own, in `folder`."""
+    command = [sys.executable, __file__, "--one", way, "--steps", str(steps)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stdout + done.stderr)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def train(way: str, steps: int) -> dict[str, float]:
+    """Trains here; returns the seconds of all and of what logging took."""
+    import train_llm
+    from llm_training.argument_parsing import read_arguments
+    from llm_training.tracking.steady_tracker import SteadyTracker
+
+    spent: dict[str, float] = defaultdict(float)
+    logged_at: list[float] = []
+    log_progress = train_llm.log_progress
+
+    def log_and_note(*arguments: Any) -> None:
+        logged_at.append(time.perf_counter())
+        log_progress(*arguments)
+        if len(logged_at) > 1:
+            spent["loop"] += time.perf_counter() - logged_at[-1]
+
+    turn = SteadyTracker.turn
+
+    def turn_and_note(self: SteadyTracker) -> float | None:
+        began, pause = time.thread_time(), turn(self)
+        if len(logged_at) > 1 and self._end is None:
+            spent["thread"] += time.thread_time() - began
+        return pause
+
+    train_llm.log_progress = log_and_note  # type: ignore[assignment]
+    SteadyTracker.turn = turn_and_note  # type: ignore[method-assign]
+    name = f"{way}-{time.time_ns()}"
+    flags = ["--report_to", way, "--max_steps", str(steps), "--output_dir", name]
+    Path("settings.json").write_text(json.dumps(SETTINGS))
+    config = str(ROOT / "train_configs" / "quickstart.json")
+    assert train_llm.main(read_arguments([config, "settings.json", *flags], 1)) == 0
+    seconds = logged_at[-1] - logged_at[0]
+    lines = (Path(name) / "train_log.jsonl").read_text().splitlines()
+    num_metrics = max(len(json.loads(line)) - 2 for line in lines)  # without step and time
+    return {"seconds": seconds, **spent, "steps": steps, "metrics_a_step": num_metrics}
+
+
+def report(found: dict[str, list[dict[str, float]]]) -> None:
+    import torch
+
+    machine = platform.processor() or platform.machine()
+    print(f"{machine}, {os.cpu_count()} cores; torch {torch.__version__}")
+    say("ms a step, none", [1000 * run["seconds"] / run["steps"] for run in found["none"]])
+    for way in WAYS:
+        for part in ("loop", "thread"):
+            shares = [100 * run.get(part, 0.0) / run["seconds"] for run in found[way]]
+            say(f"{way}: share of the {part}, %", shares)
+    pairs = zip(found["mlflow"], found["none"], strict=True)
+    say("time, mlflow / none", [ours["seconds"] / base["seconds"] for ours, base in pairs])
+
+
+def say(what: str, values: list[float]) -> None:
+    middle = statistics.median(values)
+    print(f"{what}: {middle:.3f} (from {min(values):.3f} to {max(values):.3f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What is wrong with the arguments of adapters (LoRA), before anything slow is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+
+from arguments import Arguments, LoraArguments
+from llm_training.launch_settings import LaunchSettings
+
+ADAPTER_CONFIG = "adapter_config.json"
+ALL_LINEAR = "all-linear"
+
+
+def lora_problems(arguments: Arguments, launch: LaunchSettings) -> Iterator[str]:
+    """What is at odds between adapters, the model, the optimizer and the launch."""
+    yield from _base_problems(arguments)
+    if arguments.lora_rank is None:
+        yield from _idle_problems(arguments)
+        return
+    rank, targets = f"lora_rank={arguments.lora_rank}", arguments.lora_target_modules
+    if arguments.model_type:
+        yield (
+            f"{rank} and model_type={arguments.model_type} exclude each other: adapters are trained"
+            " beside weights that exist; give model_name_or_path in the place of the second, or"
+            " drop the first"
+        )
+    if not targets:
+        yield f"lora_target_modules is empty: name modules that get an adapter, or {ALL_LINEAR}"
+    if ALL_LINEAR in targets and len(targets) > 1:
+        given = json.dumps(targets)
+        yield f"lora_target_modules={given}: {ALL_LINEAR} holds the others; keep it or them"
+    if arguments.optim == "muon":
+        yield (
+            f"{rank} and optim=muon exclude each other: Muon moves whole matrices in all directions"
+            " alike, and an adapter has few; use adamw"
+        )
+    if arguments.mixed_precision == "fp8":
+        yield f"{rank} and mixed_precision=fp8 exclude each other: use bf16"
+    if launch.tp_size > 1:
+        yield (
+            f"{rank} and parallelism_config_tp_size={launch.tp_size} exclude each other: adapters"
+            " would have to be cut as the plan cuts the matrices; use fsdp.yaml or ddp.yaml"
+        )
+
+
+def _base_problems(arguments: Arguments) -> Iterator[str]:
+    """An adapter where a model belongs."""
+    folder = arguments.model_name_or_path or ""
+    has_config = os.path.isfile(os.path.join(folder, "config.json"))
+    if not folder or has_config or not os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):
+        return
+    base = "the model that it is for"
+    try:
+        with open(os.path.join(folder, ADAPTER_CONFIG), encoding="utf-8") as file:
+            base = json.load(file).get("base_model_name_or_path") or base
+    except (OSError, ValueError, AttributeError):
+        pass
+    yield (
+        f"model_name_or_path={folder} is an adapter for {base}, not a model: start the run that"
+        " made it once more with merge_adapter, which makes a model of the two, and name that; or"
+        f" begin with {base}"
+    )
+
+
+def _idle_problems(arguments: Arguments) -> Iterator[str]:
+    for field in dataclasses.fields(LoraArguments):
+        value, default = getattr(arguments, field.name), getattr(Arguments(), field.name)
+        if value != default:
+            text = json.dumps(value)
+            yield f"{field.name}={text} has no effect without lora_rank: drop it, or give that"
