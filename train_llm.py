@@ -56,10 +56,12 @@ from llm_training.metrics import MetricError
 from llm_training.milestones import (
     begin_deadline,
     decay_now,
+    draw_plots,
     export,
     log_progress,
     review_length,
     save,
+    write_card,
 )
 from llm_training.mishaps import explain_out_of_memory, leave_out, pass_over, passed_position
 from llm_training.modeling import ModelError
@@ -334,6 +336,7 @@ def evaluate_in_passing(run: Run) -> bool:
     is_best = evaluate_and_log(run) and run.arguments.save_best
     if is_best:
         export(run, run.output.best)
+        write_card(run, run.output.best)
     return is_best
 
 
@@ -394,6 +397,7 @@ def tracked(run: Run) -> Iterator[None]:
         if isinstance(error, Stopped):
             run.tracking.finish("KILLED", output.artifacts(), reason=error.reason)
         else:
+            draw_plots(run)
             run.tracking.finish("FAILED", output.artifacts(), error=last_lines(error))
         raise
     finally:
@@ -423,6 +427,8 @@ def finish(run: Run) -> None:
     }
     if accelerator.is_main_process:
         run.output.write_result(result)
+    write_card(run, run.output.final)
+    draw_plots(run)
     if run.arguments.log_model or run.arguments.register_model:
         run.tracking.log_model(run.output.final, run.arguments.register_model)
     accelerator.print("\n".join(summary_lines(result)), flush=True)

@@ -299,9 +299,9 @@ def _read_trial(
         # The first step also makes what the others find.
         return max((line[name] for line in lines if line["step"] > 1 and name in line), default=0.0)
 
-    speed, ratio = largest("perf/tokens_per_second"), largest("perf/peak_memory_ratio")
+    speed, ratio = largest("perf/tokens_per_second"), largest("perf/memory_ratio")
     if ratio:  # of a GPU
-        return Trial(size, ratio, largest("perf/peak_memory_bytes"), speed)
+        return Trial(size, ratio, largest("perf/memory_bytes"), speed)
     return Trial(size, peak / limit, peak, speed)
 
 

@@ -23,18 +23,34 @@ _SOURCE_NAME = re.compile(r"[\w. :-]+(/[\w. :-]+)*")
 def evaluation_problems(arguments: Arguments) -> Iterator[str]:
     """What is at odds between validation data, metrics, the best checkpoint and early stopping."""
     yield from _wish_problems(arguments)
+    yield from _sample_problems(arguments)
     yield from _name_problems(arguments)
     yield from _other_metric_problems(arguments)
     yield from _metric_problems(arguments)
     yield from _min_delta_problems(arguments)
 
 
-def _wish_problems(arguments: Arguments) -> Iterator[str]:
-    """Wishes that need evaluations, where there are none."""
-    can_validate = bool(arguments.validation_sets) or any(
+def _can_validate(arguments: Arguments) -> bool:
+    return bool(arguments.validation_sets) or any(
         own.validation_file or own.validation_split_percentage > 0
         for own in mixture_sources(arguments).values()
     )
+
+
+def _sample_problems(arguments: Arguments) -> Iterator[str]:
+    """Samples without anything to continue."""
+    number = arguments.sample_validation_prompts
+    if arguments.sample_steps and not arguments.sample_prompt and not number:
+        advice = "give sample_prompt or sample_validation_prompts"
+        yield f"sample_steps={arguments.sample_steps} has nothing to continue: {advice}"
+    if number > 0 and (arguments.eval_steps is None or not _can_validate(arguments)):
+        advice = "give sample_prompt, or let the run evaluate (eval_steps, validation_file)"
+        yield f"sample_validation_prompts={number} needs validation data: {advice}"
+
+
+def _wish_problems(arguments: Arguments) -> Iterator[str]:
+    """Wishes that need evaluations, where there are none."""
+    can_validate = _can_validate(arguments)
     for name in ("save_best", "early_stopping_patience", "eval_only"):
         value = getattr(arguments, name)
         wish = f"{name}={json.dumps(value)}"

@@ -15,7 +15,6 @@ from llm_training.deadline import OPEN_STEPS, Pauses, Readings
 from llm_training.export import export_model
 from llm_training.ranks import sum_over_ranks, tensor_parallel_size
 from llm_training.run import Run, make_plan_anew
-from llm_training.system_metrics import held_memory
 from llm_training.tracking import progress_line
 
 
@@ -34,7 +33,7 @@ def log_progress(run: Run, learning_rate: float, grad_norm: float) -> None:
         metrics |= {f"perf/{name}": value for name, value in dataclasses.asdict(speed).items()}
         if run.mfu_per_speed is not None:
             metrics["perf/mfu"] = speed.tokens_per_second * run.mfu_per_speed
-    metrics |= held_memory(run.accelerator.device)
+    metrics |= run.held_memory.read()
     if run.system_metrics is not None:
         metrics |= run.system_metrics.read()
     if num_skipped := run.health.state.num_skipped:
@@ -82,6 +81,29 @@ def export(run: Run, folder: Path) -> PreTrainedModel | None:
     """Writes the model as it is now; returns it opened again on rank 0, memory permitting."""
     with run.meter.paused(), run.deadline.pause("export"):
         return export_model(run.accelerator, run.model, run.network, run.tokenizer, folder)
+
+
+def write_card(run: Run, folder: Path) -> None:
+    """Puts a model card beside the model that was exported to `folder`; rank 0 does it."""
+    if run.accelerator.is_main_process:
+        with run.meter.paused(), run.deadline.pause():
+            from llm_training.model_card import write_card_of_run
+
+            try:
+                write_card_of_run(run.output.path, folder)
+            except Exception as error:  # the model is worth more
+                run.tracking.say(f"WARNING: {folder} has no model card ({type(error).__name__}: {error})")
+
+
+def draw_plots(run: Run) -> None:
+    """Draws the curves of the run into plots/; rank 0 does it."""
+    if run.accelerator.is_main_process:
+        from llm_training.plots import plot_run  # matplotlib takes its time
+
+        try:
+            plot_run(run.output.path)
+        except Exception as error:  # nothing that was trained may be lost for a picture
+            run.tracking.say(f"WARNING: no plots are drawn ({type(error).__name__}: {error})")
 
 
 def decay_now(run: Run) -> None:

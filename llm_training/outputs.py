@@ -10,8 +10,9 @@
 - `tracking.json`: what a tracker is told of the run, so that it can be sent later
 - `mlflow_run_id.txt`: the MLflow run that a resumed run continues, where MLflow is in use
 - `checkpoints/`: `step-00000200`, `last`, `best`
-- `final/`: the finished model, a plain Hugging Face folder
-- `best/`: the model with the lowest validation loss, a folder like `final/`
+- `final/`: the finished model, a plain Hugging Face folder with a model card
+- `best/`: the model that was best by metric_for_best_model, a folder like `final/`
+- `plots/`: loss, learning rate, gradient norm and throughput as PNG, drawn at the end
 - `result.json`: how the run ended; its presence means that it did
 - `skipped/`: a file for each step that was left out: its samples, text and gradient norms
 - `.lock`: the process that trains here now; the file of a killed one stays, and locks nothing
@@ -34,6 +35,8 @@ from arguments import Arguments
 from llm_training.durable import flush, write_json
 from llm_training.resolved_arguments import as_settings, as_yaml
 
+CARD = "README.md"  # of the model in final/ and best/
+PLOTS = "plots"
 # How file systems say that they cannot lock.
 CANNOT_LOCK = frozenset({errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS})
 # These may differ between two starts of a run without being worth a word, or are told elsewhere.
@@ -180,7 +183,8 @@ class OutputFolder:
         files += [self.provenance, self.ledger, self.log]
         files += self.checkpoints.glob("last/manifest.json")
         samples = (self.samples, self.samples.with_suffix(".json"))  # where there were prompts
-        files += [path for path in samples if path.exists()]
+        files += [path for path in (*samples, self.final / CARD) if path.exists()]
+        files += sorted((self.path / PLOTS).glob("*.png"))
         return files + sorted(self.skipped.glob("*.json"))
 
     def changed_arguments(self, arguments: Arguments) -> dict[str, tuple[Any, Any]]:

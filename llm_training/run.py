@@ -54,7 +54,7 @@ from llm_training.run_data import (
 from llm_training.run_record import record_of_run
 from llm_training.state import TrainState
 from llm_training.stopping import StopRequest
-from llm_training.system_metrics import SystemMetrics
+from llm_training.system_metrics import HeldMemory, SystemMetrics
 from llm_training.throughput import Throughput
 from llm_training.tracking import Tracking, redact
 from llm_training.updates import UnseenStep
@@ -85,6 +85,7 @@ class Run:
     facts: dict[str, Any]
     meter: Throughput
     mfu_per_speed: float | None  # model FLOPs utilization at 1 token a second, where it is known
+    held_memory: HeldMemory
     system_metrics: SystemMetrics | None  # of rank 0's machine, where a tracker shows them
     health: HealthMonitor
     request: StopRequest
@@ -217,6 +218,7 @@ def build_run(
         facts=facts,
         meter=Throughput(),
         mfu_per_speed=utilization(facts["flops_per_token"], peak_of_all(accelerator)),
+        held_memory=HeldMemory(accelerator.device),
         system_metrics=system_metrics_of(arguments, accelerator, output),
         health=build_health(arguments, state),
         request=request,

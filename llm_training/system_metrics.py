@@ -152,20 +152,28 @@ class Gpus:
         }
 
 
-def held_memory(device: torch.device) -> dict[str, float]:
+class HeldMemory:
     """Memory of this process, in bytes.
 
     On a GPU the most that its tensors held at once, and that as a share of the GPU's memory; the
-    GPU is not asked, and not waited for. Elsewhere what the process holds of main memory now.
+    GPU is not asked, and not waited for. Elsewhere what the process holds of main memory, which
+    the operating system is asked for once in `SAMPLE_SECONDS` at most.
     """
-    if device.type != "cuda":
-        return {"perf/memory_bytes": psutil.Process().memory_info().rss}
-    peak = torch.cuda.max_memory_allocated(device)
-    share = peak / torch.cuda.get_device_properties(device).total_memory
-    # The last two are what find_batch_size still reads.
-    return {
-        "perf/memory_bytes": peak,
-        "perf/memory_ratio": share,
-        "perf/peak_memory_bytes": peak,
-        "perf/peak_memory_ratio": share,
-    }
+
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.monotonic) -> None:
+        """Takes where tensors lie; tests bring a clock, in seconds."""
+        self._device, self._clock = device, clock
+        self._process = psutil.Process()
+        self._due_at = clock()
+
+    def read(self) -> dict[str, float]:
+        """`perf/memory_bytes`, and of a GPU `perf/memory_ratio`; nothing where it is not due."""
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device)
+            whole = torch.cuda.get_device_properties(self._device).total_memory
+            return {"perf/memory_bytes": peak, "perf/memory_ratio": peak / whole}
+        now = self._clock()
+        if now < self._due_at:
+            return {}
+        self._due_at = now + SAMPLE_SECONDS
+        return {"perf/memory_bytes": self._process.memory_info().rss}

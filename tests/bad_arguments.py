@@ -93,6 +93,11 @@ BAD_EVALUATIONS: list[tuple[dict[str, Any], list[str]]] = [
     ({"eval_metrics": ["a/metric.py"]}, ["eval_metrics=a/metric.py does not exist"]),
     ({"early_stopping_min_delta": -1}, ["early_stopping_min_delta=-1.0", "0 or more"]),
     (ERRORS, ["=standard_errors has no effect without early_stopping_patience"]),
+    ({"sample_steps": 5}, ["sample_steps=5 has nothing to continue"]),
+    (
+        {"sample_validation_prompts": 2, "eval_steps": None},
+        ["sample_validation_prompts=2 needs validation data"],
+    ),
     (
         ERRORS | {"early_stopping_patience": 1, "early_stopping_min_delta": 0},
         ["early_stopping_min_delta=0 asks for no difference at all", "such as 2"],

@@ -117,6 +117,15 @@ FLOORS = {
     "llm_training.vocab_padding": 1,
     "llm_training.zero_init": 1,
     "arguments": 0,
+    "llm_training.compare": 5,
+    "llm_training.plots": 4,
+    "llm_training.model_card": 4,
+    "llm_training.recorded_runs": 3,
+    "llm_training.comparison_table": 1,
+    "llm_training.hub_metadata": 1,
+    "llm_training.system_metrics": 1,
+    "llm_training.uncertainty": 1,
+    "llm_training.local_metrics": 1,
 }
 
 OPEN_ROOMS = {
@@ -135,6 +144,7 @@ OPEN_ROOMS = {
     "llm_training.length_checks",
     "llm_training.lora",
     "llm_training.lora_checks",
+    "llm_training.local_metrics",
     "llm_training.losses",
     "llm_training.model_state",
     "llm_training.outputs",

@@ -14,7 +14,7 @@ from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
-from llm_training.system_metrics import SAMPLE_SECONDS, SystemMetrics, held_memory
+from llm_training.system_metrics import SAMPLE_SECONDS, HeldMemory, SystemMetrics
 from tests.small_runs import open_place, read_log, train_small
 
 
@@ -122,10 +122,14 @@ def test_what_fails_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_memory_of_the_process_without_a_gpu() -> None:
-    before = held_memory(torch.device("cpu"))
+    clock = Clock()
+    memory = HeldMemory(torch.device("cpu"), clock)
+    before = memory.read()
+    assert memory.read() == {}  # not due again
+    clock.now += SAMPLE_SECONDS
     kept = bytearray(64_000_000)
     kept[::4096] = bytes(len(kept[::4096]))
-    grown = held_memory(torch.device("cpu"))["perf/memory_bytes"] - before["perf/memory_bytes"]
+    grown = memory.read()["perf/memory_bytes"] - before["perf/memory_bytes"]
     assert before.keys() == {"perf/memory_bytes"} and grown > 50_000_000
 
 
@@ -133,7 +137,7 @@ def test_memory_of_tensors_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 20)
     total = SimpleNamespace(total_memory=80)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: total)
-    metrics = held_memory(torch.device("cuda", 0))
+    metrics = HeldMemory(torch.device("cuda", 0)).read()
     assert (metrics["perf/memory_bytes"], metrics["perf/memory_ratio"]) == (20, 0.25)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_training.system_metrics import SystemMetrics, held_memory
+from llm_training.system_metrics import HeldMemory, SystemMetrics
 
 pytestmark = pytest.mark.gpu
 
@@ -20,7 +20,7 @@ def test_memory_is_what_tensors_held_at_most(gpu: str) -> None:
     before = torch.cuda.memory_allocated()
     large = torch.empty(64 * 2**20, dtype=torch.uint8, device=gpu)
     del large
-    metrics = held_memory(torch.device(gpu))
+    metrics = HeldMemory(torch.device(gpu)).read()
     assert metrics["perf/memory_bytes"] >= before + 64 * 2**20
     assert 0 < metrics["perf/memory_ratio"] < 1
 
