@@ -59,7 +59,7 @@ docs: $(FOR_RUNS)  ## Rewrite the tables of arguments and of other tools' names
 
 review: $(FOR_RUNS)  ## Show all runs in the browser: http://127.0.0.1:5000 (PORT=5001 for another)
 	@test -f mlflow.db || { echo "There is no mlflow.db yet: make quickstart writes the first run."; exit 1; }
-	@echo "Runs are at http://127.0.0.1:$(PORT); Ctrl-C stops."
+	@echo "Runs are at http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning; Ctrl-C stops."
 	@MLFLOW_DISABLE_TELEMETRY=true $(VENV_PYTHON) -m mlflow ui --workers 1 \
 		--backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(PORT)
 

@@ -89,7 +89,8 @@ def model_flops_per_token(model: nn.Module, config: Any, block_size: int) -> flo
     to one included, and of a mixture of experts as many as a token meets. L layers of H heads with
     Q dimensions attend to T positions; like PaLM and nanoGPT, and unlike some others, this takes
     all T also where a causal mask leaves half of them out. 6 and 12: a multiplication and an
-    addition, once forward and twice backward.
+    addition, once forward and twice backward. Weights that adapters leave as they are need no
+    gradient: 4 in place of 6.
 
     Args:
         config: the model's configuration.
@@ -102,11 +103,13 @@ def model_flops_per_token(model: nn.Module, config: Any, block_size: int) -> flo
     width = _attention_width(config)
     if spans is None or width is None:
         return None
-    return 6 * count_multiplied(model, config) + 12 * width * sum(spans)
+    all_of_them = count_multiplied(model, config)
+    trained = count_multiplied(model, config, only_trained=True)
+    return 4 * all_of_them + 2 * trained + 12 * width * sum(spans)
 
 
-def count_multiplied(model: nn.Module, config: Any) -> float:
-    """Parameters that a token is multiplied with, each once."""
+def count_multiplied(model: nn.Module, config: Any, *, only_trained: bool = False) -> float:
+    """Parameters that a token is multiplied with, each once; all or those that are trained."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     heads = {id(m.weight) for n, m in model.named_modules() if n.split(".")[-1] == "lm_head"}
     per_token = getattr(config, "num_experts_per_tok", None)
@@ -115,7 +118,9 @@ def count_multiplied(model: nn.Module, config: Any) -> float:
     return sum(
         trained_shape(p).numel() * (met if "experts" in name.split(".") else 1.0)
         for name, p in model.named_parameters()
-        if len(trained_shape(p)) >= 2 and (id(p) in heads or id(p) not in tables)
+        if len(trained_shape(p)) >= 2
+        and (id(p) in heads or id(p) not in tables)
+        and (p.requires_grad or not only_trained)
     )
 
 

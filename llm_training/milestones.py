@@ -92,7 +92,8 @@ def write_card(run: Run, folder: Path) -> None:
             try:
                 write_card_of_run(run.output.path, folder)
             except Exception as error:  # the model is worth more
-                run.tracking.say(f"WARNING: {folder} has no model card ({type(error).__name__}: {error})")
+                told = f"{type(error).__name__}: {error}"
+                run.tracking.say(f"WARNING: {folder} has no model card ({told})")
 
 
 def draw_plots(run: Run) -> None:

@@ -20,11 +20,17 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import train_llm
+from arguments import Arguments, BatchSizes
 from llm_training.argument_parsing import read_arguments
+from llm_training.flops import model_flops_per_token
+from llm_training.launch_settings import LaunchSettings
+from llm_training.lora import add_adapters
+from llm_training.memory_needs import estimate_memory
 from llm_training.milestones import export
-from llm_training.modeling import ModelError, model_fingerprint
+from llm_training.modeling import CausalLMWithLoss, ModelError, model_fingerprint
 from llm_training.outputs import OutputFolder
 from llm_training.run import Run
+from llm_training.traced_memory import Outline
 from tests.small_runs import SETTINGS, curve, open_place, train_small
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -135,6 +141,29 @@ def test_exactly_the_adapters_are_trained(place: Path, capsys: pytest.CaptureFix
     share = f"432 of {total:,} parameters are trained ({432 / total:.2%})"
     line = f"LoRA     rank 3, alpha 6: {share}, in 4 modules"
     assert line in capsys.readouterr().out
+
+
+def test_what_a_run_needs_is_reckoned_from_what_it_trains(place: Path) -> None:
+    """Weights of all, gradients and moments of the adapters; and their products once fewer."""
+    arguments = Arguments(model_name_or_path="llama", lora_rank=3)
+    model = AutoModelForCausalLM.from_pretrained("llama")
+    whole = sum(p.numel() for p in model.parameters())
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2) - 257 * 16
+    flops = model_flops_per_token(model, model.config, 32)
+    add_adapters(model, arguments)
+    adapters = sum(p.numel() for p in model.parameters()) - whole
+    more = model_flops_per_token(model, model.config, 32)
+    assert flops is not None and more == flops - 2 * matrices + 6 * adapters
+
+    def build_without_content() -> CausalLMWithLoss:
+        twin = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained("llama"))
+        add_adapters(twin, arguments)
+        return CausalLMWithLoss(twin)
+
+    outline, one = Outline(build_without_content), BatchSizes(1, 1, 1, 1)
+    need = estimate_memory(outline, arguments, LaunchSettings(), one, 32, precision="fp32")
+    assert need.weights == 4 * (whole + adapters)
+    assert (need.gradients, need.optimizer) == (4 * adapters, 8 * adapters)
 
 
 def test_all_linear_leaves_the_head_out(place: Path) -> None:

@@ -41,6 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=300, n_positions=16)
     GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlibrary_name: transformers\n---\nA tiny model.\n")
     return folder
 
 
@@ -89,7 +90,8 @@ def test_a_registered_model_opens_and_speaks(
     assert [(one["name"], int(one["version"])) for one in versions] == [("tiny words", 1)]
     assert (logged.source_run_id, logged.experiment_id) == (run.info.run_id, run.info.experiment_id)
     assert [output.model_id for output in run.outputs.model_outputs] == [logged.model_id]
-    assert (folder / "mlartifacts" / "models" / logged.model_id / "artifacts" / "MLmodel").exists()
+    kept = folder / "mlartifacts" / "models" / logged.model_id / "artifacts"
+    assert "A tiny model." in (kept / "model_card.md").read_text()
     assert [(metric.key, metric.value) for metric in logged.metrics] == [("train/loss", 20.0)]
     # What MLflow copies from the run to the model doubles nothing.
     assert stored_points(tracking.run_id, "train/loss") == [(10, 10.0), (20, 20.0)]

@@ -5,6 +5,7 @@ The server is MLflow's own, in processes of its own; the run is one of the scrip
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import time
@@ -71,6 +72,10 @@ def wait_for_failures(tracking: Tracking) -> None:
         time.sleep(0.01)
 
 
+def review_of(folder: Path) -> str:
+    return str(json.loads((folder / "result.json").read_text())["review"])
+
+
 def require_same_points(folder: Path, store: str) -> None:
     """Every number of the log is in the store, once, with its time; and nothing else is."""
     client = MlflowClient(store)
@@ -108,6 +113,8 @@ def test_a_server_that_is_killed_and_comes_back_has_every_point_once(
     tried = train(place, "tried", report_to="mlflow", tracking_uri=server.uri)
     assert while_down[0] >= 5  # steps 4 to 8: the loop went on
     require_same_points(tried, server.store)
+    page, run_id = review_of(tried), (tried / "mlflow_run_id.txt").read_text().strip()
+    assert page.startswith(f"{server.uri}/#/experiments/") and f"/runs/{run_id}?" in page
     assert curve(tried) == curve(plain)
     assert capsys.readouterr().out.count("warning: mlflow failed (") == 1
 

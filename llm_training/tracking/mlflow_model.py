@@ -20,7 +20,6 @@ from llm_training.tracking.errors import first_line
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
-    from mlflow import MlflowClient
     from mlflow.models import ModelSignature
 
 NEW_TOKENS = 128  # that it makes of a text, where nothing else is asked for
@@ -122,9 +121,10 @@ def log_model(
         # Made here, so that it is in the experiment of its run.
         made = client.create_logged_model(run.info.experiment_id, MODEL_NAME, run_id)
         uri = _hand_over(folder, run_id, made.model_id, step)
-        if registered_name is None:
-            return Logged(uri)
-        return Logged(uri, _register(client, registered_name, uri, run_id, made.model_id))
+    if registered_name is None:
+        return Logged(uri)
+    with _patient_and_quiet():  # anew: to log a model turns MLflow's lines on again
+        return Logged(uri, str(mlflow.register_model(uri, registered_name).version))
 
 
 def _hand_over(folder: Path, run_id: str, model_id: str, step: int) -> str:
@@ -143,25 +143,6 @@ def _hand_over(folder: Path, run_id: str, model_id: str, step: int) -> str:
             step=step,
         )
     return str(info.model_uri)
-
-
-def _register(client: MlflowClient, name: str, uri: str, run_id: str, model_id: str) -> str:
-    """Makes a version of a logged model that also names its run; returns its number.
-
-    MLflow's own function leaves the run out.
-    """
-    from mlflow.exceptions import MlflowException
-    from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
-
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    version = str(client.create_model_version(name, uri, run_id, model_id=model_id).version)
-    shown = json.dumps([{"name": name, "version": version}])  # on the model's own page
-    client.set_logged_model_tags(model_id, {MLFLOW_MODEL_VERSIONS: shown})
-    return version
 
 
 def why_not_a_model(folder: Path) -> str:

@@ -93,6 +93,14 @@ class MLflowRun:
         self._rewinds: list[tuple[int, int]] = []  # not told yet
         self._num_rewinds = 0
 
+    @property
+    def page(self) -> str:
+        """The run's page on a server, in MLflow's view for training; its first page until then."""
+        if self.run_id is None:
+            return self.uri
+        run = f"experiments/{self._experiment_id}/runs/{self.run_id}"
+        return f"{self.uri.rstrip('/')}/#/{run}?workflowType=machine_learning"
+
     # -------------------------------------------------------------------------------- the start
 
     def start(self) -> None:
@@ -126,6 +134,7 @@ class MLflowRun:
         )
         try:
             self._tracker.start()
+            self._experiment_id = str(self._tracker.tracker.info.experiment_id)
             self.run_id = str(self._tracker.tracker.info.run_id)
             self._note_run_id(self.run_id)
             self._log_parameters(self.run_id, run.data.params if run else {})

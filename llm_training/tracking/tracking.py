@@ -275,7 +275,7 @@ class Tracking:
         if not self._is_main_process:
             return ""
         if self._mlflow and self._mlflow.uri.startswith("http"):
-            return redact_url(self._mlflow.uri)
+            return redact_url(self._mlflow.page)
         if self._mlflow:
             store = shlex.quote(redact_url(self._mlflow.uri))
             return (
