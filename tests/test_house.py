@@ -167,6 +167,7 @@ PURE_MODULES = {
     "llm_training.losses",
     "llm_training.schedules",
     "llm_training.throughput",
+    "llm_training.uncertainty",
     "llm_training.data.ledger",
     "llm_training.data.rows.order",
     "llm_training.data.rows.packing",
