@@ -319,6 +319,11 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(sizes.values()), sum(size for key, size in sizes.items() if key not in embedded)
 
 
+def count_trained(model: nn.Module) -> int:
+    """Parameters that are trained: all of them, or those of adapters and what goes with them."""
+    return sum(trained_shape(p).numel() for p in model.parameters() if p.requires_grad)
+
+
 def model_fingerprint(model: nn.Module) -> str:
     """The model's size, a hash over the names, shapes and types of its weights, and its padding.
 

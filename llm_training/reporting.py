@@ -20,7 +20,7 @@ from llm_training.data.rows.store_rows import Rows
 from llm_training.flops import model_flops_per_token, peak_flops
 from llm_training.launch import describe_threads, has_bf16
 from llm_training.model_state import StateForm
-from llm_training.modeling import CausalLMWithLoss, count_parameters
+from llm_training.modeling import CausalLMWithLoss, count_parameters, count_trained
 from llm_training.resume_classes import effect_of_change
 from llm_training.samples import Sample, summary_of
 
@@ -106,6 +106,7 @@ def provenance(
         **_set_provenance(data),
         "num_parameters": parameters,
         "num_parameters_outside_embeddings": outside_embeddings,
+        "num_trained_parameters": count_trained(network),
         "flops_per_token": model_flops_per_token(network, network.config, block_size),
         "device_name": device_name(accelerator),
         "precision": precision_name(accelerator),

@@ -7,7 +7,7 @@
     floor 3   argument_parsing, convert, run_data, network, needs,
               checkpoint_comparison
     floor 2   argument_values, earlier_run, planning, evaluation, checkpointing, reporting,
-              memory_needs, disk_needs, streams
+              memory_needs, disk_needs, streams, run_record
     floor 1   every other room of llm_training; a folder is one room
     floor 0   arguments.py
 

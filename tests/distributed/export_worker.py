@@ -162,8 +162,8 @@ def fault_case(parts: Parts, folder: Path, fault: str) -> dict[str, Any]:
     def save_nothing(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    def gather_wrongly(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-        weights = gather(model, keep=keep)
+    def gather_wrongly(model: nn.Module, *, keep: bool, **how: bool) -> dict[str, Tensor]:
+        weights = gather(model, keep=keep, **how)
         if keep:  # as if the parts of two ranks had been put together in the wrong order
             weights["lm_head.weight"] = weights["lm_head.weight"].roll(VOCABULARY // 2, 0)
         return weights
