@@ -227,7 +227,8 @@ def build_run(
             arguments.max_train_hours,
             state.deadline,
             evaluates=bool(validation),
-            checkpoint_bytes=12 * facts["num_trained_parameters"],  # weights and two moments, in fp32
+            # Weights and two moments, in fp32.
+            checkpoint_bytes=12 * facts["num_trained_parameters"],
             model_bytes=4 * facts["num_parameters"],
         ),
     )
