@@ -93,7 +93,7 @@ from llm_training.stopping import (
     StopRequest,
     decide,
 )
-from llm_training.tracking import TrackingError, last_lines
+from llm_training.tracking import TrackingError, is_untold, last_lines
 from llm_training.trial import run_trial
 from llm_training.updates import UnseenStep, backward, drop_gradients
 
@@ -184,6 +184,9 @@ def is_finished(output: OutputFolder, arguments: Arguments) -> bool:
     if os.environ.get("RANK", "0") == "0":
         print(f"{output.path} already holds this run, finished.")
         print("\n".join(summary_lines(result)))
+        if is_untold(output.path):
+            command = f"python -m llm_training.tracking sync {output.path}"
+            print(f"A kill kept MLflow from hearing how it ended; this sends it: {command}")
         print("Nothing was changed. To train anew, give another --run_name or --output_dir.")
     return True
 
@@ -251,6 +254,7 @@ def train(run: Run) -> None:
         log_progress(run, run.plan.schedule.at(state.step), math.nan)
     if state.evaluated_step != state.step:
         save(run, is_best=evaluate_in_passing(run))
+        obey(run, NOTHING_ASKED)
 
 
 def compute_gradients(run: Run, window: list[Batch], num_tokens: int) -> Tensor:
@@ -397,7 +401,6 @@ def tracked(run: Run) -> Iterator[None]:
         if isinstance(error, Stopped):
             run.tracking.finish("KILLED", output.artifacts(), reason=error.reason)
         else:
-            draw_plots(run)
             run.tracking.finish("FAILED", output.artifacts(), error=last_lines(error))
         raise
     finally:

@@ -65,7 +65,11 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
 )
 
 
-URL_LOGIN = re.compile(r"\w://[^/\s@]+:[^/\s@]+@")
+# In front of the host, or behind the question mark.
+URL_LOGIN = re.compile(
+    r"\w://[^/\s@]+:[^/\s@]+@"
+    r"|\w://[^\s\"]*[?&;][\w-]*(?:passw(?:or)?d|pwd|secret|token)=[^\s&;\"]"
+)
 # As Hugging Face, GitHub, GitLab, AWS, OpenAI, Slack and Databricks make them.
 SECRET = re.compile(
     r"\b(hf_[A-Za-z0-9]{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{15,}"

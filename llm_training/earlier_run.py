@@ -173,8 +173,10 @@ def open_store(tracking_uri: str | None) -> tuple[Any, str]:
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of what MLflow says."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """The first line of what MLflow says, which may quote its URI, without logins."""
+    from llm_training.tracking.redaction import redact_url
+
+    return (redact_url(str(error)).splitlines() or [type(error).__name__])[0]
 
 
 def arguments_of_mlflow_run(client: Any, run: Any) -> dict[str, Any]:

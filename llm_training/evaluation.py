@@ -250,8 +250,10 @@ class _GroupSums:
         is_predicted = labels != IGNORE_INDEX
         self._add(self._tokens, places, is_predicted.sum(1))
         if self._token_bytes is not None:
-            num_bytes = self._token_bytes[labels.clamp(min=0)] * is_predicted
-            self._add(self._bytes, places, num_bytes.sum(1))
+            # A token file may hold ids that the tokenizer does not have: they stand for no text.
+            last = len(self._token_bytes) - 1
+            num_bytes = self._token_bytes[labels.clamp(0, last)]
+            self._add(self._bytes, places, (num_bytes * (is_predicted & (labels <= last))).sum(1))
 
     def take(self, places: NDArray[np.int64], found: Tensor) -> None:
         """Takes in what `_found_of_rows` returns for the rows at `places`, (2, B)."""
@@ -297,6 +299,7 @@ class _OtherMetrics:
         self._accelerator, self._names = accelerator, names
         is_here = bool(names) and accelerator.is_main_process
         self._metrics = IdMetrics(names) if is_here else None
+        self._problem: str | None = None  # the other ranks wait until rank 0 may tell it
 
     def take(self, guesses: Tensor | None, share: Mapping[str, Any]) -> None:
         """Takes in a batch of each rank; every rank must call this with a batch of one size."""
@@ -307,10 +310,14 @@ class _OtherMetrics:
         of_ranks = self._accelerator.gather(ids[None])
         # Ranks of one tensor-parallel group hold the same: each token counts once.
         of_ranks = of_ranks[:: tensor_parallel_size(self._accelerator)]
-        if self._metrics is not None:
+        if self._metrics is not None and self._problem is None:
             guesses, targets = of_ranks.transpose(0, 1).flatten(1).cpu()
             is_predicted = targets != IGNORE_INDEX
-            self._metrics.add(guesses[is_predicted].numpy(), targets[is_predicted].numpy())
+            try:
+                self._metrics.add(guesses[is_predicted].numpy(), targets[is_predicted].numpy())
+            except Exception as error:  # a full disk, or what scripts of other people do
+                told = f"{type(error).__name__}: {error}"
+                self._problem = f"eval_metrics: {', '.join(self._names)}: {told}"
 
     def compute(self) -> dict[str, float]:
         """The results by their names, on every rank, all of which must call this.
@@ -321,8 +328,8 @@ class _OtherMetrics:
         if not self._names:
             return {}
         results: dict[str, float] = {}
-        problem = None
-        if self._metrics is not None:
+        problem = self._problem
+        if self._metrics is not None and problem is None:
             try:
                 results = self._metrics.compute()
             except MetricError as error:

@@ -87,9 +87,9 @@ def write_card(run: Run, folder: Path) -> None:
     """Puts a model card beside the model that was exported to `folder`; rank 0 does it."""
     if run.accelerator.is_main_process:
         with run.meter.paused(), run.deadline.pause():
-            from llm_training.model_card import write_card_of_run
-
             try:
+                from llm_training.model_card import write_card_of_run
+
                 write_card_of_run(run.output.path, folder)
             except Exception as error:  # the model is worth more
                 told = f"{type(error).__name__}: {error}"
@@ -99,9 +99,9 @@ def write_card(run: Run, folder: Path) -> None:
 def draw_plots(run: Run) -> None:
     """Draws the curves of the run into plots/; rank 0 does it."""
     if run.accelerator.is_main_process:
-        from llm_training.plots import plot_run  # matplotlib takes its time
+        try:  # matplotlib takes its time, and may be missing or broken
+            from llm_training.plots import plot_run
 
-        try:
             plot_run(run.output.path)
         except Exception as error:  # nothing that was trained may be lost for a picture
             run.tracking.say(f"WARNING: no plots are drawn ({type(error).__name__}: {error})")

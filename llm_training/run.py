@@ -186,6 +186,9 @@ def build_run(
     try_document_mask(accelerator, model, network, windows, plan)
     if accelerator.is_main_process:
         output.write_opening(arguments, facts, ledger)
+    # Before the trackers begin: what fails after them would leave a run there that never ends.
+    token_bytes = build_token_bytes(arguments, data)
+    system_metrics = system_metrics_of(arguments, accelerator, output)
     tracking = Tracking(
         accelerator,
         arguments,
@@ -209,7 +212,7 @@ def build_run(
         tokenizer=data.tokenizer,
         windows=windows,
         validation=validation,
-        token_bytes=build_token_bytes(arguments, data),
+        token_bytes=token_bytes,
         checkpoints=checkpoints,
         checkpoint=checkpoint,
         state=state,
@@ -219,7 +222,7 @@ def build_run(
         meter=Throughput(),
         mfu_per_speed=utilization(facts["flops_per_token"], peak_of_all(accelerator)),
         held_memory=HeldMemory(accelerator.device),
-        system_metrics=system_metrics_of(arguments, accelerator, output),
+        system_metrics=system_metrics,
         health=build_health(arguments, state),
         request=request,
         controls=ControlFiles(output.path, say=accelerator.print),

@@ -103,8 +103,7 @@ def samples_now(run: Run) -> tuple[list[Sample], bool]:
     if run.stop is not None:
         return samples, False
     if run.accelerator.is_main_process:
-        step = run.state.step
-        samples = [sample for sample in read_samples(run.output.samples) if sample.step == step]
+        samples = known_samples(run)
     (is_known,) = sum_over_ranks(run.accelerator, float(bool(samples)))
     if is_known:
         return samples, False
@@ -117,6 +116,16 @@ def samples_now(run: Run) -> tuple[list[Sample], bool]:
         keep(run, samples)
         run.stop = decide(sum_over_ranks(run.accelerator, *run.request.votes())).stop
     return samples, True
+
+
+def known_samples(run: Run) -> list[Sample]:
+    """Those of this step that were made already; none where they cannot be read."""
+    try:
+        found = read_samples(run.output.samples)
+    except OSError as error:  # the other ranks wait, and the training is worth more
+        run.tracking.say(f"WARNING: {run.output.samples} cannot be read: {error}")
+        return []
+    return [sample for sample in found if sample.step == run.state.step]
 
 
 def holds_whole_model(accelerator: Accelerator) -> bool:
@@ -165,8 +174,7 @@ def speak_alone(run: Run, speaker: PreTrainedModel) -> list[Sample]:
                 break
             samples.append(sample_of(run, prompt, task, new))
     except Exception as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        run.tracking.say(f"WARNING: no sample at step {run.state.step} ({told})")
+        tell_fault(run, error)
         return []
     if run.request.reason is not None:  # the next start makes them
         return []
@@ -182,7 +190,12 @@ def speak_alone(run: Run, speaker: PreTrainedModel) -> list[Sample]:
 def speak_together(run: Run) -> list[Sample]:
     """What all ranks together make of each prompt; rank 0 gets the samples."""
     assert run.tokenizer is not None
-    tasks = tasks_of(run, run.network) if run.accelerator.is_main_process else []
+    tasks: list[tuple[str, Task]] = []
+    if run.accelerator.is_main_process:
+        try:
+            tasks = tasks_of(run, run.network)
+        except Exception as error:  # the other ranks wait for the tasks: then there are none
+            tell_fault(run, error)
     found = continue_together(
         run.accelerator,
         run.model,
@@ -196,6 +209,12 @@ def speak_together(run: Run) -> list[Sample]:
     return [
         sample_of(run, prompt, task, new) for (prompt, task), new in zip(tasks, found, strict=True)
     ]
+
+
+def tell_fault(run: Run, error: Exception) -> None:
+    """Says in one line why this step has no samples."""
+    told = " ".join(f"{type(error).__name__}: {error}".split())
+    run.tracking.say(f"WARNING: no sample at step {run.state.step} ({told})")
 
 
 def over_after(run: Run, seconds: float) -> Callable[[], bool]:

@@ -194,7 +194,8 @@ def _read_result(name: str, fields: dict[str, Any]) -> Result | None:
 
 def _is_beaten(reference: Result, result: Result, aim: Aim, paired: Paired) -> bool:
     """Whether `result` is better by more than what the aim asks for."""
-    if not aim.in_standard_errors:
+    # By how much infinity was beaten has no error.
+    if not aim.in_standard_errors or math.isinf(reference.value):
         return result.is_better(reference, aim.min_delta)
     if not result.is_paired_with(reference):  # it was noted before standard errors were asked for
         return True

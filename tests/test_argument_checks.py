@@ -135,3 +135,11 @@ def test_what_the_children_of_a_run_are_given_is_no_problem(tmp_path: Path) -> N
     settings = short_run_settings(Arguments(**base | asked), tmp_path / "run", 4)
     (tmp_path / "child.json").write_text(json.dumps(settings))
     assert read_arguments([str(tmp_path / "child.json")], 1).early_stopping_patience is None
+
+
+@pytest.mark.parametrize("uri", ["https://me:pw@host", "postgresql://host/runs?user=a&password=pw"])
+def test_a_login_in_a_url_is_refused_and_not_repeated(uri: str) -> None:
+    """Arguments are kept as they are in arguments.json, which trackers get."""
+    found = find_problems(Arguments(tracking_uri=uri), LaunchSettings())
+    (told,) = (problem for problem in found if problem.startswith("tracking_uri"))
+    assert "holds a login" in told and "pw" not in told

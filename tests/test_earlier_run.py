@@ -10,7 +10,7 @@ import pytest
 
 from arguments import Arguments, describe
 from llm_training.argument_parsing import parse_arguments, read_arguments
-from llm_training.earlier_run import EarlierRun
+from llm_training.earlier_run import EarlierRun, reason_of
 from llm_training.outputs import OutputFolder
 from tests.argument_cases import open_clean_place, problems_of, the_problem_of, write, write_good
 
@@ -216,3 +216,8 @@ def test_a_run_that_was_killed_is_found_by_its_folder_or_its_parameters(
     assert again == but_for_names(first)
     write("runs/first/mlflow_run_id.txt", f"{run_id}\n")
     assert but_for_names(read_arguments(["--from_run", run_id], 1)) == but_for_names(first)
+
+
+def test_what_mlflow_says_is_quoted_without_logins() -> None:
+    error = RuntimeError("API request to http://me:password@host/api failed\nand more")
+    assert reason_of(error) == "API request to http://[redacted]@host/api failed"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from llm_training.data.rows.store_rows import PackedRows, Rows, StreamRows
 from llm_training.data.tokens.token_store import TokenArray
 from llm_training.evaluation import Judgement, evaluate, evaluate_sets, metrics_of
 from llm_training.losses import IGNORE_INDEX, shift_labels
+from llm_training.metrics import MetricError
 from llm_training.modeling import CausalLMWithLoss
 from llm_training.uncertainty import ratio_and_error
 
@@ -187,6 +189,34 @@ def test_bits_are_held_against_the_bytes_of_what_is_predicted(model: CausalLMWit
     assert list(found)[3:] == LOCAL
     assert "bits_per_byte" not in judge(model, eval_metrics=LOCAL).metrics
     assert "bits_per_byte" not in judge(model, eval_metrics=LOCAL, token_bytes=table * 0).metrics
+
+
+def test_ids_beyond_the_tokenizer_stand_for_no_text(model: CausalLMWithLoss) -> None:
+    table = np.arange(20, dtype=np.int32)
+    assert (np.delete(TOKENS, np.arange(0, 47, 8)) > 9).any()
+    short = judge(model, eval_metrics=LOCAL, token_bytes=table[:10]).metrics
+    table[10:] = 0
+    assert short == judge(model, eval_metrics=LOCAL, token_bytes=table).metrics
+
+
+def test_metrics_that_rank_0_cannot_feed_are_told_to_all_ranks(
+    model: CausalLMWithLoss, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arrays: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    told: list[Any] = []
+
+    def broadcast(objects: list[Any]) -> list[Any]:
+        told.extend(objects)
+        return objects
+
+    metrics = SimpleNamespace(add=fail)
+    monkeypatch.setattr(evaluation, "IdMetrics", lambda names: metrics)
+    monkeypatch.setattr(evaluation, "broadcast_object_list", broadcast)
+    with pytest.raises(MetricError, match=r"eval_metrics: mine.py: OSError: .*No space left"):
+        judge(model, eval_metrics=["mine.py"])
+    assert told[0] == {} and "No space left" in told[1]
 
 
 def test_only_what_is_learned_counts_in_conversations() -> None:

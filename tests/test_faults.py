@@ -295,9 +295,9 @@ def test_the_status_tells_how_a_run_ended(
     statuses = []
     finish = Tracking.finish
 
-    def note(self: Tracking, status: Any, *args: Any) -> None:
+    def note(self: Tracking, status: Any, *args: Any, **named: str) -> None:
         statuses.append(status)
-        finish(self, status, *args)
+        finish(self, status, *args, **named)
 
     def raise_it(run: train_llm.Run) -> None:
         raise end

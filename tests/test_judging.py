@@ -285,6 +285,26 @@ def test_standard_errors_count_on_over_a_kill_as_if_there_had_been_none(
     )
 
 
+def test_a_signal_in_the_last_evaluation_ends_the_next_start_too(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, Any] = {"validation_sets": {}, "max_steps": 3, "save_steps": 2}
+    whole = train("whole", **changes)
+    ask = judging.is_asked_to_stop
+
+    def interrupt(run: Run) -> bool:
+        if run.state.step == 3:
+            run.request._signal = 2
+        return ask(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(judging, "is_asked_to_stop", interrupt)
+        train("parts", code=130, **changes)
+        train("parts", code=130, **changes)  # which has no step left
+    parts = train("parts", **changes)
+    assert values(parts, "eval/loss") == values(whole, "eval/loss")
+
+
 def run_of(**settings: Any) -> Run:
     """What `result_of` asks of a run."""
     rows = SimpleNamespace(num_rows=7, block_size=32)

@@ -420,6 +420,22 @@ def test_steps_that_are_computed_again_are_told(start: Start) -> None:
     }
 
 
+def test_what_is_computed_otherwise_after_a_resume_is_in_the_curve_too(start: Start) -> None:
+    """Steps that the store had at the resume are left out until the run goes back behind them."""
+    first = start()
+    log_loss(first, 10, 20, 30)
+    wait_until_sent(first)
+    kill(first)
+    second = start(resumed_step=10)
+    log_loss(second, 20, 30)
+    second.go_back(10)
+    second.log({"train/loss": 0.5}, 20)
+    second.finish("FINISHED")
+    points = stored_points(second.run_id, "train/loss")
+    assert (20, 0.5) in points
+    assert {step for step, _ in points} == {10, 20, 30}
+
+
 def test_mlflow_does_not_watch_the_machine_itself(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,10 +39,10 @@ ARGUMENTS: dict[str, Any] = {
     "seed": 7,
     "block_size": 32,
     "warmup_steps": 0,
-    "output_dir": "/home/somebody/runs/tiny",
+    "output_dir": "/data/somebody/runs/tiny",
     "tracking_uri": "https://user:pass@tracker.example",
-    "train_file": ["/home/somebody/books/a.jsonl", "notes/b.md", "/home/somebody/**/*.txt"],
-    "train_mixture": {"code": {"train_file": "/home/somebody/src", "weight": 3}},
+    "train_file": ["/data/somebody/books/a.jsonl", "notes/b.md", "/data/somebody/**/*.txt"],
+    "train_mixture": {"code": {"train_file": "/data/somebody/src", "weight": 3}},
     "dataset_name": "https://user:pass@hub.example/set",
     "config_overrides": {"api_key": "sk-1234"},
 }
@@ -185,7 +185,7 @@ def test_a_model_without_a_tokenizer_takes_token_ids(tmp_path: Path, model_folde
     ("base", "told"),
     [
         ("org/model", "org/model"),
-        ("/home/somebody/runs/base/final", "base"),
+        ("/data/somebody/runs/base/final", "base"),
         ("runs/base/best/", "base"),
         ("models/llama", "llama"),
         ("https://user:pass@hub.example/org/model", "model"),
@@ -219,7 +219,7 @@ def test_an_adapter_says_whose_it_is(tmp_path: Path) -> None:
 
 
 def test_a_dataset_of_the_hub_is_named_and_a_folder_is_not(tmp_path: Path) -> None:
-    for name, told in (("org/set", ["org/set"]), ("/home/somebody/set", None)):
+    for name, told in (("org/set", ["org/set"]), ("/data/somebody/set", None)):
         text = card(tmp_path / "final", arguments=ARGUMENTS | {"dataset_name": name})
         assert matter_of(text).get("datasets") == told
 

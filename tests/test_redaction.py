@@ -49,11 +49,31 @@ def test_redacting_keeps_what_an_at_sign_is_not_a_login_in() -> None:
         "Authorization: Bearer SECRET",
         "https://me:SECRET@host/x",
         "https://SECRET@github.com/a/b",
+        "--api-key SECRET",
+        "--password SECRET",
+        "{'token': 'SECRET'}",
+        "Authorization: Basic SECRET",
+        "https://host/rows.jsonl?v=1&token=SECRET",
     ],
 )
 def test_secrets_in_a_text_are_taken_out(text: str) -> None:
     assert "SECRET" not in redact_text(text)
     assert "[redacted]" in redact_text(text)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me@host/runs?user=me&password=SECRET",
+        "https://host/rows.jsonl?access_token=SECRET#top",
+        "https://host/rows.jsonl?X-Amz-Date=1&X-Amz-Signature=SECRET",
+        "https://host/rows.jsonl?sv=1&sig=SECRET",
+    ],
+)
+def test_secrets_behind_the_question_mark_of_a_url_are_taken_out(url: str) -> None:
+    """In values too, which are settings such as `tracking_uri` and `train_file`."""
+    assert redact(url) == url.replace("SECRET", "[redacted]").replace("me@", "[redacted]@")
+    assert redact(redact(url)) == redact(url)
 
 
 @pytest.mark.parametrize("token", ["hf_" + "a" * 34, "ghp_" + "b" * 36, "AKIA" + "C" * 16])
@@ -65,7 +85,14 @@ def test_tokens_of_known_services_are_taken_out_of_values(token: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["--pad_token=x", "eos_token='</s>'", "flops_per_token=4", "max_new_tokens=4", "per token: 3"],
+    [
+        "--pad_token=x",
+        "eos_token='</s>'",
+        "flops_per_token=4",
+        "max_new_tokens=4",
+        "per token: 3",
+        "Who? token=a",
+    ],
 )
 def test_texts_without_secrets_stay_as_they_are(text: str) -> None:
     assert redact_text(text) == text

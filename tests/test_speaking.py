@@ -178,6 +178,31 @@ def test_a_fault_is_told_and_ends_no_run(
     assert samples_of(folder) == []
 
 
+def test_a_fault_before_the_first_word_is_told_where_all_ranks_speak(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("no words")
+
+    monkeypatch.setattr(speaking, "holds_whole_model", lambda accelerator: False)
+    monkeypatch.setattr(speaking, "tasks_of", fail)
+    folder = train(**PROMPTS)
+    assert "WARNING: no sample at step 2 (RuntimeError: no words)" in capsys.readouterr().out
+    assert samples_of(folder) == []
+
+
+def test_what_cannot_be_read_is_told_and_ends_no_run(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(speaking, "read_samples", fail)
+        train(**PROMPTS | {"sample_steps": 6})
+    assert "samples.jsonl cannot be read: [Errno 5] Input/output" in capsys.readouterr().out
+
+
 def test_what_cannot_be_written_is_told_and_ends_no_run(
     train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

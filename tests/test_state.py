@@ -144,6 +144,16 @@ def test_equal_losses_are_not_better_and_a_worse_one_never_is() -> None:
     assert state.evals_without_better == 2
 
 
+def test_with_standard_errors_too_any_number_beats_infinity() -> None:
+    aim = Aim(min_delta=2.0, in_standard_errors=True)
+    state = TrainState(seed=0)
+    for step, losses in enumerate([(math.inf, 5.0), (9.0, 5.0)]):
+        state.step = step
+        result = Result("eval/loss", False, sum(losses) / 8, step, "", losses, (4, 4))
+        state.note_result(result, aim, paired_difference)
+        assert (state.reference, state.evals_without_better) == (result, 0)
+
+
 def test_groups_are_read_back_bit_for_bit_and_the_best_keeps_none(tmp_path: Path) -> None:
     aim = Aim(min_delta=1.0, in_standard_errors=True)
     state = TrainState(seed=0)

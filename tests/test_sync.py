@@ -23,7 +23,7 @@ from mlflow.entities import Run
 
 from arguments import Arguments
 from llm_training.outputs import OutputFolder
-from llm_training.tracking import Tracking
+from llm_training.tracking import Tracking, TrackingError, is_untold
 from llm_training.tracking.__main__ import main
 from llm_training.tracking.note import RunNote
 from llm_training.tracking.record import RunRecord, UsedDataset
@@ -184,6 +184,45 @@ def test_a_run_that_was_killed_without_a_word_is_killed(
     run = only_run(client)
     assert run.info.status == "KILLED"
     assert points(client, run) == logged_points(output)
+
+
+def test_a_run_that_was_killed_after_its_result_is_finished(
+    train: Train, store: Path, empty_store: Path
+) -> None:
+    output = train(None)
+    OutputFolder(output).write_result({"step": 3})
+    client = bring_up(store, empty_store)
+    assert sync(output, None).status == "FINISHED"
+    assert only_run(client).info.status == "FINISHED"
+
+
+def test_a_sync_that_fails_leaves_the_status_true(
+    train: Train, store: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise OSError("no place for files")
+
+    output = train()
+    client = bring_up(store, empty_store)
+    sync(output, None)
+    monkeypatch.setattr("llm_training.tracking.mlflow_run.MLflowRun.upload", fail)
+    with pytest.raises(TrackingError, match="no place for files"):
+        sync(output, None)
+    run = only_run(client)
+    assert run.info.status == "FINISHED"
+    assert "stopped_by" not in run.data.tags
+
+
+def test_a_finished_run_whose_tracker_was_not_told_is_known(
+    train: Train, store: Path, empty_store: Path, tmp_path: Path
+) -> None:
+    output = train(None)
+    OutputFolder(output).write_result({"step": 3})
+    assert is_untold(output)
+    bring_up(store, empty_store)
+    sync(output, None)
+    assert not is_untold(output)
+    assert not is_untold(tmp_path / "nowhere")
 
 
 def test_the_note_reads_back_as_it_was_written(train: Train) -> None:

@@ -164,6 +164,25 @@ def test_a_full_disk_is_told_and_does_not_end_the_run(
     assert "lacks step 10" in capsys.readouterr().out
 
 
+def test_a_line_that_a_full_disk_cut_off_takes_no_other_with_it(tmp_path: Path) -> None:
+    class Cutting:
+        """A file of which the disk takes ten bytes, and says so in place of an error."""
+
+        def write(self, content: bytes) -> int:
+            return whole.write(content[:10])
+
+    log = TrainLog(tmp_path)
+    whole: Any = log._file
+    log.write(point(10))
+    log._file = Cutting()  # type: ignore[assignment]
+    with pytest.raises(OSError, match="No space left"):
+        log.write(point(20))
+    log._file = whole
+    log.write(point(30))
+    log.write(point(40))
+    assert read_points(tmp_path, 40) == [point(10), point(30), point(40)]
+
+
 # --------------------------------------------------------------------------- failures and kills
 
 
@@ -578,6 +597,18 @@ def test_tensorboard_gets_event_files_and_a_resumed_run_has_each_step_once(
     second.finish("FINISHED")
     assert tensorboard_steps(folder) == [10, 20, 30, 40]
     assert not (folder / "mlartifacts").exists()
+
+
+def test_tensorboard_has_each_step_once_where_a_run_begins_anew(folder: Path, start: Start) -> None:
+    """As after a kill before the first checkpoint."""
+    first = start(resumed_step=None, report_to=["tensorboard"])
+    log_loss(first, 10, 20)
+    first.finish("KILLED")
+    wait_for_another_second()
+    second = start(resumed_step=None, report_to=["tensorboard"])
+    log_loss(second, 10, 20, 30)
+    second.finish("FINISHED")
+    assert tensorboard_steps(folder) == [10, 20, 30]
 
 
 def test_tensorboard_gets_what_a_kill_lost(

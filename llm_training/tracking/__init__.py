@@ -2,6 +2,7 @@
 
 from llm_training.tracking.console import evaluation_line, evaluation_lines, progress_line
 from llm_training.tracking.errors import TrackingError, last_lines
+from llm_training.tracking.note import is_untold
 from llm_training.tracking.redaction import redact
 from llm_training.tracking.tracking import Tracking
 
@@ -10,6 +11,7 @@ __all__ = [
     "TrackingError",
     "evaluation_line",
     "evaluation_lines",
+    "is_untold",
     "last_lines",
     "progress_line",
     "redact",

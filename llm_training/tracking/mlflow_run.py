@@ -92,6 +92,7 @@ class MLflowRun:
         self._say = say
         self._rewinds: list[tuple[int, int]] = []  # not told yet
         self._num_rewinds = 0
+        self._stored_until = math.inf  # later steps were computed again since the start
 
     @property
     def page(self) -> str:
@@ -218,7 +219,11 @@ class MLflowRun:
             metrics = {
                 name: value
                 for name, value in point.metrics.items()
-                if math.isfinite(value) and point.step not in self._stored_steps.get(name, nothing)
+                if math.isfinite(value)
+                and not (
+                    point.step <= self._stored_until
+                    and point.step in self._stored_steps.get(name, nothing)
+                )
             }
             if metrics:
                 wanted.append(point._replace(metrics=metrics))
@@ -244,6 +249,7 @@ class MLflowRun:
         MLflow takes no point back: those of both passes are in the curves.
         """
         self._rewinds.append((first, last))
+        self._stored_until = min(self._stored_until, first)
 
     def _tell_rewinds(self) -> None:
         while self._rewinds:

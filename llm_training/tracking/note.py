@@ -76,6 +76,15 @@ class RunNote:
             raise TrackingError(f"{path} cannot be read: {error!r}.") from error
 
 
+def is_untold(folder: Path) -> bool:
+    """Whether a tracker was begun for the run in a folder, and not told how it ended."""
+    try:
+        note = RunNote.read(folder)
+    except TrackingError:
+        return False
+    return note.store is not None and note.ending is None
+
+
 def first_start(folder: Path) -> float | None:
     """When the run in a folder was started first, in Unix seconds; None where that is not noted."""
     try:

@@ -13,10 +13,18 @@ _PLAIN_TOKEN_NAME = re.compile(
     r"(^|_)(pad|eos|bos|unk|sep|cls|mask|per|image|audio|video|start|end|decoder)_token$", re.I
 )
 _URL_LOGIN = re.compile(r"(\w+://)[^/\s]+@")
-# `--hf_token abc`, `password=abc`, `"api_key": "abc"`, `Bearer abc`
+_URL = re.compile(r"\w+://\S+")
+# `?password=abc`, `&X-Amz-Signature=abc`: of databases, and of links that are signed.
+_URL_SECRET = re.compile(
+    r"([?&;][\w-]*(?:passw(?:or)?d|pwd|secret|token|credential|key|signature|sig)=)[^\s&;#\"']+",
+    re.I,
+)
+# `--hf_token abc`, `password=abc`, `"api_key": "abc"`, `'token': 'abc'`, `Bearer abc`
 _NAMED_IN_TEXT = re.compile(
-    r"""(--\w*token[ =]|\w*(?:passw(?:or)?d|secret|(?:api|access|private)_?key|_token)"""
-    r"""["']?[=:]\s?|\bbearer\s)(["']?)(?!\[redacted)[^\s"',;&)]+""",
+    r"""(--[\w-]*(?:token|passw(?:or)?d|secret|(?:api|access|private)[_-]?key)[ =]"""
+    r"""|\w*(?:passw(?:or)?d|secret|(?:api|access|private)_?key|_token)["']?[=:]\s?"""
+    r"""|["']token["']:\s?|\b(?:bearer|authorization: basic)\s)"""
+    r"""(["']?)(?!\[redacted)[^\s"',;&)]+""",
     re.I,
 )
 # As Hugging Face, GitHub, GitLab, AWS, OpenAI, Slack and Databricks make them.
@@ -57,5 +65,9 @@ def _redact_tokens(text: str) -> str:
 
 
 def redact_url(text: str) -> str:
-    """The text with the logins in its URLs taken out."""
-    return _URL_LOGIN.sub(rf"\g<1>{REDACTED}@", text)
+    """The text with the logins in its URLs taken out, also from behind their question marks."""
+
+    def hide(match: re.Match[str]) -> str:
+        return _URL_SECRET.sub(rf"\g<1>{REDACTED}", match[0])
+
+    return _URL.sub(hide, _URL_LOGIN.sub(rf"\g<1>{REDACTED}@", text))

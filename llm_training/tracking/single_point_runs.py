@@ -43,7 +43,6 @@ class TensorBoardRun:
         require_package("tensorboard")
         self._folder = folder
         self._parameters = with_tags(record)
-        self._is_resumed = record.resumed_step is not None
 
     def start(self) -> None:
         """Opens a new event file."""
@@ -51,7 +50,8 @@ class TensorBoardRun:
 
         # The first argument is a folder below the second: an experiment's name, such as /a/b, might
         # leave it.
-        purge_step = 0 if self._is_resumed else None
+        # Also where a run was killed before its first checkpoint and begins anew.
+        purge_step = 0 if any(self._folder.glob("events.*")) else None
         self._tracker: GeneralTracker = TensorBoardTracker("", self._folder, purge_step=purge_step)
         self._tracker.start()
         self._tracker.store_init_configuration(self._parameters)

@@ -125,21 +125,29 @@ def _send(folder: Path, note: RunNote, store: str, say: Callable[[str], None]) -
         _open(run, folder, note)
         num_points, num_steps = _send_points(run, folder)
         num_files = _send_files(run, folder)
-        _close(run, note)
+        _close(run, note, ending_of(note, folder))
     except TrackingError:
         raise
     except Exception as error:  # of whatever library
-        with suppress(Exception):  # MLflow's exit would call it FINISHED
-            for call in run.closing_calls(UNKNOWN_ENDING, ()):
+        for call in run.closing_calls(ending_of(note, folder), ()):
+            with suppress(Exception):  # MLflow's exit would call it FINISHED
                 call()
         raise TrackingError(
             f"{redact_url(run.uri)} could not take the run ({first_line(error)}). See to the"
             " server, or give another --tracking_uri, and start this again: nothing is sent twice."
         ) from error
+    ending = ending_of(note, folder)
     note.run_id = run.run_id
+    note.ending = ending if ending.status == "FINISHED" else note.ending
     note.write(folder)
-    status = (note.ending or UNKNOWN_ENDING).status
-    return Sent(num_points, num_steps, num_files, status, str(run.run_id), run.uri)
+    return Sent(num_points, num_steps, num_files, ending.status, str(run.run_id), run.uri)
+
+
+def ending_of(note: RunNote, folder: Path) -> Ending:
+    """How the run ended; one that was killed while its trackers were told has its result."""
+    if note.ending is None and OutputFolder(folder).read_result() is not None:
+        return Ending("FINISHED")
+    return note.ending or UNKNOWN_ENDING
 
 
 def _open(run: MLflowRun, folder: Path, note: RunNote) -> None:
@@ -174,11 +182,10 @@ def _send_files(run: MLflowRun, folder: Path) -> int:
     return len(files)
 
 
-def _close(run: MLflowRun, note: RunNote) -> None:
+def _close(run: MLflowRun, note: RunNote, ending: Ending) -> None:
     """Tells how the run ended, and when it did."""
     from mlflow import MlflowClient
 
-    ending = note.ending or UNKNOWN_ENDING
     for call in run.closing_calls(ending, ()):
         call()
     if note.ended is not None:

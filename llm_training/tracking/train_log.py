@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -38,12 +39,22 @@ class TrainLog:
                 self.path.replace(self.path.with_suffix(".old.jsonl"))
         # Unbuffered: a line is one write, and a failed one is not sent again with the next.
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        self._is_torn = False  # whether the last line is
 
     def write(self, point: Point) -> None:
-        """Appends one line; it has reached the operating system when this returns."""
+        """Appends one line; it has reached the operating system when this returns.
+
+        Raises:
+            OSError: it has not, or a part of it alone, as on a full disk; the next one is whole.
+        """
         line: dict[str, float | str] = {"step": point.step, "time": point.time}
         line |= {name: _to_json(value) for name, value in point.metrics.items()}
-        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        content = b"\n" * self._is_torn + json.dumps(line, allow_nan=False).encode() + b"\n"
+        written = self._file.write(content)
+        if written < len(content):  # the system says so in place of an error
+            self._is_torn = True
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._is_torn = False
 
     def flush(self) -> None:
         """Waits until all lines are on the disk, where not even a power cut takes them away."""
