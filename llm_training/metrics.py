@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import functools
-import gc
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm_training.evaluation_checks import LOCAL_METRICS
+from llm_training.imports import no_garbage_collection
 
 if TYPE_CHECKING:
     from evaluate import EvaluationModule
@@ -183,7 +182,7 @@ def _load(name: str) -> EvaluationModule:
     Raises:
         MetricError: it cannot be loaded.
     """
-    with _no_garbage_collection():
+    with no_garbage_collection():
         import evaluate
 
         from llm_training.local_metrics import LOCAL_CLASSES
@@ -209,15 +208,3 @@ def _folder() -> str:
 
 
 _folders: list[tempfile.TemporaryDirectory[str]] = []
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """For an import: what it makes stays, and would be searched for garbage again and again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

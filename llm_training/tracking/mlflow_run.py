@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_training.imports import no_garbage_collection
 from llm_training.tracking.mlflow_notes import (
     DESCRIPTION_TAG,
     TABLES,
@@ -29,7 +30,6 @@ from llm_training.tracking.mlflow_notes import (
 )
 from llm_training.tracking.mlflow_store import (
     ensure_experiment,
-    no_garbage_collection,
     prepare_mlflow,
 )
 from llm_training.tracking.mlflow_sweep import (

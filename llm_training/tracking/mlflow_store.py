@@ -6,14 +6,13 @@ did not name. MLflow takes 1.4 s to import, hence inside functions.
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_training.imports import no_garbage_collection
 from llm_training.tracking.errors import TrackingError
 from llm_training.tracking.redaction import redact_url
 from llm_training.tracking.single_point_runs import require_package
@@ -106,15 +105,3 @@ def ensure_experiment(client: MlflowClient, name: str, uri: str) -> str:
             f" mlflow experiments restore --experiment-id {experiment.experiment_id}"
         )
     return str(experiment.experiment_id)
-
-
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """For imports: what they make stays, and to search it for garbage takes a third of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
