@@ -41,6 +41,22 @@ class ModelArguments:
         "Changes to the model's configuration: a JSON object; as a flag also n_layer=6,n_embd=384,"
         " which changes these keys of a file's object.",
     )
+    model_revision: str | None = arg(
+        None,
+        "Its branch, tag or commit on the hub; null: the newest of its main branch. Which commit it"
+        " was is noted.",
+    )
+    trust_remote_code: bool = arg(
+        False,
+        "Run the Python code that a model or tokenizer brings along. It may do anything on this"
+        " machine: read it first, and name its commit in model_revision.",
+    )
+    frozen_dtype: Literal["float32", "bfloat16", "nf4"] = arg(
+        "float32",
+        "Type in which the matrices of linear layers that are not trained are held: bfloat16: half"
+        " the memory, and the same curve where mixed_precision is bf16; nf4: 4 bits by the package"
+        " bitsandbytes, for lora_rank (QLoRA), on one process or DDP. All else is in float32.",
+    )
     attn_implementation: (
         Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None
     ) = arg(None, "Attention kernel; null: the best that transformers finds.")
@@ -151,7 +167,10 @@ class DataArguments:
         0, "Times that a pair must occur to become a token of that vocabulary."
     )
     special_tokens: list[str] = arg(
-        [], "Further special tokens of a tokenizer made from the data, beside <|endoftext|>."
+        [],
+        "Further special tokens: of a tokenizer made from the data, beside <|endoftext|>; or for an"
+        " existing one, such as those of a chat template: they take spare rows of the model's"
+        " embedding, or it grows.",
     )
     block_size: int | None = arg(
         None, "Tokens in a row; null: the model's longest row, at most 1024."
@@ -216,6 +235,27 @@ class OptimizationArguments:
     _argument_group_name = "optimization"
 
     learning_rate: float = arg(5e-5, "Peak learning rate.")
+    learning_rate_factors: dict[str, Any] = arg(
+        {},
+        "Parameters with a learning rate of their own: a JSON object of patterns of their names and"
+        ' factors, such as {"*.wte.*": 0.1, "*lora_B*": 16}; of several that fit, the last counts.',
+    )
+    freeze_parameters: list[str] = arg(
+        [],
+        "Parameters that stay as they are: patterns of their names, such as *.wte.* or *.h.[0-5].*"
+        " (in a shell in quotes); one with ! in front takes its parameters out again, and the last"
+        " that fits counts.",
+    )
+    label_smoothing_factor: float = arg(
+        0.0,
+        "Share of each target that is spread evenly over the vocabulary, 0 to 1. It shapes the"
+        " gradient; the losses that are logged stay the plain cross-entropy.",
+    )
+    neftune_noise_alpha: float | None = arg(
+        None,
+        "NEFTune: uniform noise on the embeddings while training, of alpha / sqrt(tokens x width);"
+        " 5 is usual for fine-tuning on conversations; null: none.",
+    )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "warmup-stable-decay"] = arg(
         "cosine", "Shape of the learning rate after the warm-up."
     )
@@ -506,6 +546,26 @@ class LoggingArguments:
 
 
 @dataclass
+class HubArguments:
+    """Where the finished model is published."""
+
+    _argument_group_name = "hub"
+
+    push_to_hub: bool = arg(
+        False,
+        "Upload final/ with its model card to the Hugging Face hub at the end. HF_TOKEN in the"
+        " environment, or `hf auth login`, says who you are; that is tried before step 0. An upload"
+        " that fails can be made later.",
+    )
+    hub_model_id: str | None = arg(
+        None, "Repository to upload it to, as OWNER/NAME or NAME; null: run_name."
+    )
+    hub_private_repo: bool = arg(
+        True, "Make that repository private where it is new; an existing one stays as it is."
+    )
+
+
+@dataclass
 class RunArguments:
     """The run as a whole: its name, its folder, its seed, its device."""
 
@@ -562,6 +622,7 @@ class RunArguments:
 @dataclass
 class Arguments(
     RunArguments,
+    HubArguments,
     LoggingArguments,
     EvaluationArguments,
     HealthArguments,
@@ -600,6 +661,7 @@ GROUPS: Sequence[Any] = (
     HealthArguments,
     EvaluationArguments,
     LoggingArguments,
+    HubArguments,
     RunArguments,
 )
 

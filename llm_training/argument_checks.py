@@ -21,10 +21,12 @@ from arguments import (
 )
 from llm_training.evaluation_checks import evaluation_problems, set_problems
 from llm_training.hardware_checks import hardware_problems
+from llm_training.hub_checks import hub_problems
 from llm_training.launch_checks import launch_problems
 from llm_training.launch_settings import LaunchSettings
 from llm_training.length_checks import length_problems
 from llm_training.lora_checks import lora_problems
+from llm_training.pattern_checks import pattern_problems
 from llm_training.speed_checks import speed_problems
 from llm_training.validation_sets import validation_set_arguments
 
@@ -34,7 +36,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "more than 0",
         lambda x: x > 0,
         "learning_rate adam_epsilon max_grad_norm num_train_epochs save_before_timeout skip_spikes"
-        " max_train_hours lora_alpha",
+        " max_train_hours lora_alpha neftune_noise_alpha",
     ),
     (
         "0 or more",
@@ -58,7 +60,7 @@ RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "at least 0 and less than 1",
         lambda x: 0 <= x < 1,
-        "dropout adam_beta1 adam_beta2 lora_dropout",
+        "dropout adam_beta1 adam_beta2 lora_dropout label_smoothing_factor",
     ),
     ("from 0 to 50", lambda x: 0 <= x <= 50, "validation_split_percentage"),
     ("from 0 to 4294967295", lambda x: 0 <= x < 2**32, "seed"),
@@ -103,8 +105,10 @@ def find_problems(arguments: Arguments, launch: LaunchSettings) -> list[str]:
         *batch_problems(arguments, launch.data_parallel_size),
         *length_problems(arguments),
         *lora_problems(arguments, launch),
+        *pattern_problems(arguments),
         *_health_problems(arguments),
         *evaluation_problems(arguments),
+        *hub_problems(arguments),
         *_secret_problems(arguments),
         *hardware_problems(arguments, launch),
         *speed_problems(arguments, launch),
@@ -144,6 +148,10 @@ def _model_problems(arguments: Arguments) -> Iterator[str]:
         changes = shown(arguments.config_overrides)
         both = f"config_overrides={changes} and model_name_or_path={loaded}"
         yield f"{both} exclude each other: weights fit one configuration only; drop the first"
+    if arguments.model_revision is not None and (new or os.path.isdir(loaded or "")):
+        revision = f"model_revision={arguments.model_revision}"
+        where = f"with model_type={new}" if new else f"on a local folder ({loaded})"
+        yield f"{revision} has no effect {where}: drop it, or name a model of the hub"
 
 
 def _position_problems(arguments: Arguments) -> Iterator[str]:
@@ -236,10 +244,8 @@ def _tokenizer_problems(arguments: Arguments) -> Iterator[str]:
     if arguments.chat_template and not any(holds_conversations(own) for own in everything):
         advice = "name messages_column, or prompt_column and completion_column, or drop it"
         yield f"chat_template={shown(arguments.chat_template)} has no effect on text: {advice}"
-    if arguments.special_tokens and name not in made_here:
-        tokens = shown(arguments.special_tokens)
-        advice = "they belong to tokenizers made here (char, byte or bpe); drop them"
-        yield f"special_tokens={tokens} with tokenizer_name={shown(name)}: {advice}"
+    if any(not text.strip() for text in arguments.special_tokens):
+        yield f"special_tokens={shown(arguments.special_tokens)} holds an empty text: drop it"
 
 
 def _holds_tokens(path: str) -> bool:

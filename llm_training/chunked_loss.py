@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_training.losses import IGNORE_INDEX, likeliest_tokens
+from llm_training.losses import IGNORE_INDEX, likeliest_tokens, slope_of_logits
 from llm_training.vocab_padding import PaddedHead, num_tokens_of
 from llm_training.zero_init import whole_models
 
@@ -52,16 +52,18 @@ class ChunkedHead(PaddedHead):
     own forward pass runs in both cases, and with it the hooks by which backends gather weights.
     """
 
-    def __init__(self, head: nn.Linear, num_tokens: int):
+    def __init__(self, head: nn.Linear, num_tokens: int, *, label_smoothing: float = 0.0):
         super().__init__(head, num_tokens)
+        self.label_smoothing = label_smoothing
         self._next_tokens: Tensor | None = None
         self._is_per_row = self._wants_guesses = False
         self._guesses: Tensor | None = None
 
     @classmethod
-    def take_place(cls, model: PreTrainedModel) -> ChunkedHead:
+    def take_place(cls, model: PreTrainedModel, *, label_smoothing: float = 0.0) -> ChunkedHead:
         """Puts one where `model` has its head; `why_not_chunked` must have no objection."""
-        head = cls(model.get_output_embeddings(), num_tokens_of(model))
+        old, num_tokens = model.get_output_embeddings(), num_tokens_of(model)
+        head = cls(old, num_tokens, label_smoothing=label_smoothing)
         model.set_output_embeddings(head)
         return head
 
@@ -98,7 +100,11 @@ class ChunkedHead(PaddedHead):
         chunk_size = positions_per_chunk(self.out_features, hidden.device.type)
         if not self._is_per_row:
             return linear_token_loss_sum(
-                *inputs, next_tokens.flatten(), chunk_size, num_tokens=self.num_tokens
+                *inputs,
+                next_tokens.flatten(),
+                chunk_size,
+                num_tokens=self.num_tokens,
+                label_smoothing=self.label_smoothing,
             )
         losses, self._guesses = linear_row_losses(
             *inputs,
@@ -147,6 +153,7 @@ def linear_token_loss_sum(
     chunk_size: int,
     *,
     num_tokens: int | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """`token_loss_sum` of the logits `hidden @ weight.T + bias`, which never exist as a whole.
 
@@ -161,12 +168,14 @@ def linear_token_loss_sum(
         next_tokens: (N,) int64, `IGNORE_INDEX` where nothing is predicted.
         chunk_size: positions that are computed together.
         num_tokens: rows of the weight from there on stand for no token and are never predicted.
+        label_smoothing: as in `token_loss_sum`; it shapes the gradient alone.
 
     Returns:
         The loss in nats, a scalar float32 tensor, 0 where nothing is predicted.
     """
     num_tokens = weight.shape[0] if num_tokens is None else num_tokens
-    how = (chunk_size, num_tokens, _product_type(hidden), torch.is_grad_enabled())
+    is_training = torch.is_grad_enabled()
+    how = (chunk_size, num_tokens, label_smoothing, _product_type(hidden), is_training)
     with torch.autocast(hidden.device.type, enabled=False):
         loss: Tensor = _LinearTokenLoss.apply(hidden, weight, bias, next_tokens, *how)
     return loss
@@ -239,6 +248,7 @@ class _LinearTokenLoss(torch.autograd.Function):
         next_tokens: Tensor,
         chunk_size: int,
         num_tokens: int,
+        label_smoothing: float,
         dtype: torch.dtype,
         is_training: bool,
     ) -> Tensor:
@@ -261,7 +271,9 @@ class _LinearTokenLoss(torch.autograd.Function):
             del logits  # each is given back as soon as it can be: only a chunk's memory counts
             loss -= (values.gather(1, targets) * is_judged).sum()
             if needs_hidden or needs_weight or needs_bias:
-                slope = _slope_of_logits(values, targets)
+                slope = slope_of_logits(
+                    values.exp_(), targets, label_smoothing=label_smoothing, num_tokens=num_tokens
+                )
                 del values
                 if grad_bias is not None:
                     grad_bias += (is_judged.T.to(slope.dtype) @ slope)[0]
@@ -281,7 +293,7 @@ class _LinearTokenLoss(torch.autograd.Function):
         for gradient in ctx.saved_tensors:
             if gradient is not None:
                 gradient.mul_(grad_loss)
-        return grad_hidden, grad_weight, grad_bias, *(None,) * 5
+        return grad_hidden, grad_weight, grad_bias, *(None,) * 6
 
 
 def _places(next_tokens: Tensor, chunk_size: int) -> Iterable[Tensor | slice]:
@@ -298,12 +310,6 @@ def _places(next_tokens: Tensor, chunk_size: int) -> Iterable[Tensor | slice]:
 
 def _slices(length: int, chunk_size: int) -> list[slice]:
     return [slice(start, start + chunk_size) for start in range(0, length, chunk_size)]
-
-
-def _slope_of_logits(log_probabilities: Tensor, targets: Tensor) -> Tensor:
-    """The gradient of the loss, in the place of `log_probabilities`: probability - 1 or - 0."""
-    slope = log_probabilities.exp_()
-    return slope.scatter_(1, targets, slope.gather(1, targets) - 1)
 
 
 def _zeros_for_sum(parameter: Tensor) -> Tensor:

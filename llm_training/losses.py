@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,22 +32,81 @@ def count_predicted_tokens(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != IGNORE_INDEX).sum()
 
 
-def token_loss_sum(logits: Tensor, next_tokens: Tensor) -> Tensor:
+def token_loss_sum(
+    logits: Tensor,
+    next_tokens: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    num_tokens: int | None = None,
+) -> Tensor:
     """Cross-entropy in nats, summed over the predicted tokens.
+
+    Smoothed labels shape its gradient alone: the number stays that of the true tokens, and means
+    the same in every run.
 
     Args:
         logits: (B, T, V) in any floating type; the loss is computed in float32.
         next_tokens: (B, T) int64, labels that `shift_labels` has shifted.
+        label_smoothing: share of each target that is spread evenly over the vocabulary, 0 to 1.
+        num_tokens: logits from there on stand for no token and get none of it; None: all do.
 
     Returns:
         A scalar float32 tensor; 0 where nothing is predicted.
+
+    Source: Szegedy et al. 2016, "Rethinking the Inception Architecture for Computer Vision"
+    (arXiv:1512.00567), section 7.
     """
-    return F.cross_entropy(
-        logits.float().flatten(0, 1),
-        next_tokens.flatten(),
-        ignore_index=IGNORE_INDEX,
-        reduction="sum",
-    )
+    flat, targets = logits.float().flatten(0, 1), next_tokens.flatten()
+    if not label_smoothing:
+        return F.cross_entropy(flat, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    num_tokens = flat.shape[1] if num_tokens is None else num_tokens
+    loss: Tensor = _SmoothedLoss.apply(flat, targets, label_smoothing, num_tokens)
+    return loss
+
+
+class _SmoothedLoss(torch.autograd.Function):
+    """The value of plain labels and the gradient of smoothed ones, from one softmax."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, label_smoothing: float, num_tokens: int
+    ) -> Tensor:
+        log_probabilities = F.log_softmax(logits, -1)
+        ctx.save_for_backward(log_probabilities, targets)
+        ctx.label_smoothing, ctx.num_tokens = label_smoothing, num_tokens
+        # To the bit what `cross_entropy` returns, which does these two steps.
+        return F.nll_loss(log_probabilities, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        log_probabilities, targets = ctx.saved_tensors
+        slope = slope_of_logits(
+            log_probabilities.exp(),
+            targets.clamp(min=0)[:, None],
+            label_smoothing=ctx.label_smoothing,
+            num_tokens=ctx.num_tokens,
+        )
+        return slope.mul_((targets != IGNORE_INDEX)[:, None] * grad_loss), None, None, None
+
+
+def slope_of_logits(
+    probabilities: Tensor, targets: Tensor, *, label_smoothing: float, num_tokens: int
+) -> Tensor:
+    """The gradient of the loss by the logits: probabilities less what should be, in their place.
+
+    Args:
+        probabilities: (N, V), which are overwritten.
+        targets: (N, 1) int64, from 0 on.
+        label_smoothing: share of each target that is spread over the first `num_tokens` logits.
+
+    Returns:
+        (N, V); exactly 0 where no token stands and the probability is 0.
+    """
+    known = probabilities.gather(1, targets)
+    slope = probabilities.scatter_(1, targets, known - (1 - label_smoothing))
+    if label_smoothing:
+        slope[:, :num_tokens] -= label_smoothing / num_tokens
+    return slope
 
 
 def row_losses(logits: Tensor, next_tokens: Tensor) -> Tensor:

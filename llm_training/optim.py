@@ -7,7 +7,7 @@ docs/optimizers.md tells why, and what is known of each choice.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from arguments import OptimizationArguments
+from llm_training.parameter_patterns import RATE_FACTOR, rate_factors
 from llm_training.zero_init import whole_shape
 
 # One kernel for the whole update; on CPU the other forms are four to seven times slower.
@@ -54,22 +55,24 @@ def build_optimizer(
 
     Raises:
         OptimizerError: it cannot train this model, or not here.
+        PatternError: one of `learning_rate_factors` fits nothing that is trained.
 
     Source: Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization" (arXiv:1711.05101).
     """
     check_optimizer(arguments, device_type)
+    factors = rate_factors(model, arguments.learning_rate_factors)
     if arguments.optim == "muon":
-        return _build_muon(model, arguments, device_type)
-    groups = _groups_by_decay(*split_by_decay(model), arguments.weight_decay)
+        return _build_muon(model, arguments, device_type, factors)
+    groups = _groups(*split_by_decay(model), arguments.weight_decay, factors)
     if arguments.optim == "adamw_8bit":
         return _build_adamw_8bit(model, groups, arguments)
     return _build_adamw(groups, arguments, device_type)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Gives every group the same rate."""
+    """Gives every group the rate times its factor (`learning_rate_factors`), which is mostly 1."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get(RATE_FACTOR, 1.0)
 
 
 # ------------------------------------------------------------------------------ which parameters
@@ -116,19 +119,28 @@ def _embedding_tables(model: nn.Module) -> Iterator[nn.Parameter]:
             yield from module.parameters()
 
 
-def _groups_by_decay(
-    decayed: Sequence[nn.Parameter], kept: Sequence[nn.Parameter], weight_decay: float
+def _groups(
+    decayed: Sequence[nn.Parameter],
+    kept: Sequence[nn.Parameter],
+    weight_decay: float,
+    factors: Mapping[int, float],
 ) -> list[dict[str, Any]]:
-    """Parameter groups; none is empty.
+    """Parameter groups by decay and by the factor of their rate; none is empty.
 
     One kernel takes either whole tensors or, in tensor parallelism, parts of them: not both.
+
+    Args:
+        factors: by `id`, as `rate_factors` has them.
     """
-    groups = [
-        {"params": [p for p in parameters if isinstance(p, DTensor) == is_part], "weight_decay": w}
-        for parameters, w in ((decayed, weight_decay), (kept, 0.0))
-        for is_part in (False, True)
-    ]
-    return [group for group in groups if group["params"]]
+    groups: list[dict[str, Any]] = []
+    for parameters, decay in ((decayed, weight_decay), (kept, 0.0)):
+        for is_part in (False, True):
+            alike = [p for p in parameters if isinstance(p, DTensor) == is_part]
+            for factor in dict.fromkeys(factors.get(id(p), 1.0) for p in alike):
+                own = [p for p in alike if factors.get(id(p), 1.0) == factor]
+                named = {} if factor == 1 else {RATE_FACTOR: factor}
+                groups.append({"params": own, "weight_decay": decay, **named})
+    return groups
 
 
 # ------------------------------------------------------------------------------- the optimizers
@@ -147,7 +159,10 @@ def _build_adamw(
 
 
 def _build_muon(
-    model: nn.Module, arguments: OptimizationArguments, device_type: str
+    model: nn.Module,
+    arguments: OptimizationArguments,
+    device_type: str,
+    factors: Mapping[int, float],
 ) -> MuonWithAdamW:
     matrices = block_matrices(model)
     if not matrices:
@@ -157,9 +172,9 @@ def _build_muon(
     taken = {id(parameter) for parameter in matrices}
     decayed, kept = split_by_decay(model)
     others = [parameter for parameter in decayed if id(parameter) not in taken]
-    rest = _groups_by_decay(others, kept, arguments.weight_decay)
+    rest = _groups(others, kept, arguments.weight_decay, factors)
     muon = torch.optim.Muon(
-        _groups_by_decay(matrices, [], arguments.weight_decay),
+        _groups(matrices, [], arguments.weight_decay, factors),
         lr=arguments.learning_rate,
         momentum=MUON_MOMENTUM,
         nesterov=True,

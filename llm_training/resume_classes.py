@@ -14,8 +14,8 @@ WATCHED = (
     " save_before_timeout resume_from_checkpoint allow_resume_change replica_check_steps"
     " per_device_eval_batch_size eval_metrics sample_prompt sample_validation_prompts sample_steps"
     " sample_max_new_tokens sample_temperature logging_steps report_to experiment_name tracking"
-    " tracking_uri sweep log_model register_model log_system_metrics merge_adapter run_name"
-    " output_dir ddp_timeout"
+    " tracking_uri sweep log_model register_model log_system_metrics merge_adapter push_to_hub"
+    " hub_model_id hub_private_repo trust_remote_code run_name output_dir ddp_timeout"
 )
 STARTS = "eval_only dry_run dry_run_steps find_batch_size verify_resume from_run show_arguments"
 SAFE = frozenset(f"{WATCHED} {STARTS}".split())
@@ -27,7 +27,8 @@ CHANGES_RESULT = {
         "the curve changes from here on": "dropout learning_rate lr_scheduler_type warmup_steps"
         " lr_decay_steps min_lr_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm"
         " mixed_precision reset_optimizer max_skipped_steps skip_spikes max_rewinds lora_alpha"
-        " lora_dropout use_rslora",
+        " lora_dropout use_rslora frozen_dtype learning_rate_factors label_smoothing_factor"
+        " neftune_noise_alpha",
         "the run may end elsewhere, and a decay up to its end changes from here"
         " on": "max_steps max_train_hours num_train_epochs",
         "the curve changes from here on, by rounding and dropout masks"
@@ -47,8 +48,8 @@ CHANGES_RESULT = {
 BREAKS_RESUME = {
     name: group
     for group, names in {
-        "model": "model_name_or_path model_type config_overrides pad_vocab_to_multiple_of lora_rank"
-        " lora_target_modules lora_modules_to_save use_dora",
+        "model": "model_name_or_path model_revision model_type config_overrides freeze_parameters"
+        " pad_vocab_to_multiple_of lora_rank lora_target_modules lora_modules_to_save use_dora",
         "optimizer": "optim",
         "data": "train_file validation_file exclude_files dataset_name"
         " dataset_config_name dataset_split dataset_validation_split"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llm_training import chunked_loss
+from llm_training.causal_lm import CausalLMWithLoss
 from llm_training.chunked_loss import (
     ChunkedHead,
     is_worth_chunking,
@@ -27,7 +28,7 @@ from llm_training.losses import (
     shift_labels,
     token_loss_sum,
 )
-from llm_training.modeling import CausalLMWithLoss, ModelError, choose_chunked_loss
+from llm_training.modeling import ModelError, choose_chunked_loss
 from tests.host_waits import HostWaits
 
 NUM_POSITIONS, VOCAB_SIZE, WIDTH = 24, 97, 16

@@ -33,7 +33,8 @@ SAME = {
     *("output_dir", "per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate"),
     *("gradient_accumulation_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("tf32", "gradient_checkpointing", "torch_compile", "use_liger_kernel", "run_name", "seed"),
-    *("save_total_limit", "ddp_timeout", "greater_is_better"),
+    *("save_total_limit", "ddp_timeout", "greater_is_better", "label_smoothing_factor"),
+    *("neftune_noise_alpha", "push_to_hub", "hub_model_id"),
 }
 
 ODD_VALUES = (None, True, False, -1, 0, 1, 0.5, 2.5, 10**400, float("nan"), "", "no", "x", "1,2")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -20,8 +21,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from arguments import OptimizationArguments
+from llm_training.causal_lm import CausalLMWithLoss
 from llm_training.checkpointing import CheckpointError, CheckpointFolder, open_checkpoint
-from llm_training.modeling import CausalLMWithLoss
 from llm_training.optim import (
     MuonWithAdamW,
     OptimizerError,
@@ -30,6 +31,7 @@ from llm_training.optim import (
     set_learning_rate,
     split_by_decay,
 )
+from llm_training.parameter_patterns import PatternError
 from llm_training.state import TrainState
 from llm_training.updates import finish_step
 from tests.small_runs import curve, open_place, train_small, weights
@@ -198,6 +200,83 @@ def test_the_rate_set_is_the_rate_used() -> None:
     # Adam's first step moves every weight by the rate, whatever the gradient.
     moved = (model.linear.weight - before).abs()
     assert torch.allclose(moved, torch.full_like(moved, 0.125), rtol=1e-4)
+
+
+def test_parameters_with_a_factor_have_groups_of_their_own() -> None:
+    model = Blocks()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    factors = {"*.weight": 2, "blocks.0.*": 0.5, "enter.*": 1, "*.bias": 0.5}
+    expected = {
+        name: 0.5 if "blocks.0" in name or "bias" in name else 2.0 if "weight" in name else 1.0
+        for name in names.values()
+    } | {"enter.weight": 1.0}
+    for optim in ("adamw", "muon"):
+        plain = OptimizationArguments(optim=optim, learning_rate=0.5)
+        asked = OptimizationArguments(optim=optim, learning_rate=0.5, learning_rate_factors=factors)
+        before = {
+            names[id(p)]: (group["weight_decay"], "momentum" in group)
+            for group in build_optimizer(model, plain, "cpu").param_groups
+            for p in group["params"]
+        }
+        optimizer = build_optimizer(model, asked, "cpu")
+        set_learning_rate(optimizer, 0.25)
+        found = [(names[id(p)], group) for group in optimizer.param_groups for p in group["params"]]
+        assert len(found) == len(names)
+        assert {name: group["lr"] / 0.25 for name, group in found} == expected
+        # All else is as without factors.
+        assert before == {n: (g["weight_decay"], "momentum" in g) for n, g in found}
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_a_factor_is_the_rate_times_it(optim: str) -> None:
+    """The same as torch's optimizers with groups that a hand has made and set."""
+    torch.manual_seed(0)
+    model = Blocks()
+    twin, plain = copy.deepcopy(model), copy.deepcopy(model)
+    asked = OptimizationArguments(
+        optim=optim, weight_decay=0.25, learning_rate_factors={"blocks.0.*": 0.5, "head.*": 3}
+    )
+    train(model, build_optimizer(model, asked, "cpu"), steps=4)
+
+    names = {id(p): name for name, p in twin.named_parameters()}
+    factors = {"blocks.0.weight": 0.5, "blocks.0.bias": 0.5, "head.weight": 3.0}
+    decayed = {id(p) for p in split_by_decay(twin)[0]}
+    muons = {id(p) for p in block_matrices(twin)} if optim == "muon" else set()
+    pair = []
+    for is_muon in (False, True):
+        groups = [
+            {
+                "params": [p],
+                "weight_decay": 0.25 if id(p) in decayed else 0.0,
+                "factor": factors.get(names[id(p)], 1.0),
+            }
+            for p in twin.parameters()
+            if (id(p) in muons) == is_muon
+        ]
+        if is_muon and groups:
+            pair.append(torch.optim.Muon(groups, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
+        elif groups:
+            pair.append(torch.optim.AdamW(groups, betas=(0.9, 0.95)))
+    for step in range(4):
+        twin(torch.tensor([1, 5, step, 7])).backward()
+        for optimizer in pair:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01 / (step + 1) * group["factor"]
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-6, atol=1e-6)
+    train(plain, build_optimizer(plain, replace(asked, learning_rate_factors={}), "cpu"), steps=4)
+    with pytest.raises(AssertionError):  # other rates would show
+        torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_factor_for_nothing_that_is_trained_is_refused() -> None:
+    asked = OptimizationArguments(learning_rate_factors={"linear.*": 2})
+    model = Tied()
+    build_optimizer(model, asked, "cpu")
+    model.linear.requires_grad_(False)
+    with pytest.raises(PatternError, match=r"linear\.\*: what fits it.* is not trained"):
+        build_optimizer(model, asked, "cpu")
 
 
 def test_muon_and_adamw_as_one_do_what_the_two_do_apart() -> None:

@@ -303,6 +303,8 @@ COMMON = Tool(
         *left_out("tensor_parallel_size tp_size", f"{LAUNCH}tp.yaml", 1),
         *left_out("use_lora lora", "lora_rank says it: null trains all weights"),
         *renamed("lora_rank", "lora_r"),
-        *left_out("load_in_8bit load_in_4bit", "weights are kept in fp32"),
+        *converted("frozen_dtype", "load_in_4bit", if_true(frozen_dtype="nf4"), "true: nf4"),
+        *left_out("load_in_8bit", "frozen_dtype has float32, bfloat16 and nf4"),
+        *renamed("model_revision", "revision"),
     ),
 )

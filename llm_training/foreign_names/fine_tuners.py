@@ -24,7 +24,8 @@ from llm_training.foreign_names.form import (
 )
 from llm_training.foreign_names.hugging_face import TRAINING_ARGUMENTS
 
-QUANTIZED = "weights are kept in fp32: there are no quantized ones"
+QUANTIZED = "frozen_dtype has float32, bfloat16 and nf4"
+LORA_PLUS = '16: {"*lora_B*": 16}'
 TURNS = "of conversations only the assistant's turns are learned, of texts everything"
 WHAT_DATA = "name the data yourself: train_file or dataset_name, and messages_column for chats"
 
@@ -70,7 +71,7 @@ def _adapters(names_of_rank: str, default_rank: int | None) -> Conversion:
     def convert(value: Any, settings: Settings) -> dict[str, Any]:
         if value in (None, "", "full", False):
             return {}
-        if value not in ("lora", True):
+        if value not in ("lora", "qlora", True):
             raise CannotConvert("all weights are trained (full), or adapters (lora)")
         ranks = (settings[name] for name in names_of_rank.split() if name in settings)
         rank = next(ranks, default_rank)
@@ -79,6 +80,18 @@ def _adapters(names_of_rank: str, default_rank: int | None) -> Conversion:
         return {"lora_rank": rank}
 
     return convert
+
+
+def _lora_plus(value: Any, settings: Settings) -> dict[str, Any]:
+    return {"learning_rate_factors": {"*lora_B*": value}} if value else {}
+
+
+def _bits(value: Any, settings: Settings) -> dict[str, Any]:
+    if not value:
+        return {}
+    if value != 4:
+        raise CannotConvert(QUANTIZED)
+    return {"frozen_dtype": "nf4"}
 
 
 def _targets(value: Any, settings: Settings) -> dict[str, Any]:
@@ -122,7 +135,8 @@ TRL = Tool(
         *left_out("loss_type", "the loss is the plain cross-entropy", "nll"),
         *converted("lora_rank", "use_peft", _adapters("lora_r", 16), "true: lora_r, or 16"),
         *renamed("lora_rank", "lora_r"),
-        *left_out("load_in_8bit load_in_4bit use_bnb_nested_quant", QUANTIZED),
+        *converted("frozen_dtype", "load_in_4bit", if_true(frozen_dtype="nf4"), "true: nf4"),
+        *left_out("load_in_8bit use_bnb_nested_quant bnb_4bit_quant_type", QUANTIZED, "nf4"),
     ),
 )
 
@@ -152,7 +166,12 @@ LLAMA_FACTORY = Tool(
         *left_out("plot_loss", "make review shows the curves"),
         *converted("lora_target_modules", "lora_target", _targets, "all: all-linear"),
         *renamed("lora_modules_to_save", "additional_target"),
-        *left_out("quantization_bit", QUANTIZED),
+        *converted("frozen_dtype", "quantization_bit", _bits, "4: nf4"),
+        *converted("learning_rate_factors", "loraplus_lr_ratio", _lora_plus, LORA_PLUS),
+        *left_out(
+            "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules",
+            "freeze_parameters names what stays, by patterns",
+        ),
         *converted(
             "use_liger_kernel", "enable_liger_kernel", if_true(use_liger_kernel=True), "its name"
         ),
@@ -204,7 +223,7 @@ AXOLOTL = Tool(
         *converted("eval_steps", "evals_per_epoch", _times_a_pass, "set eval_steps"),
         *converted("save_steps", "saves_per_epoch", _times_a_pass, "set save_steps"),
         *left_out("train_on_inputs", TURNS),
-        *converted("lora_rank", "adapter", _adapters("lora_r", None), "lora: lora_r"),
+        *converted("lora_rank", "adapter", _adapters("lora_r", None), "lora and qlora: lora_r"),
         *renamed("lora_rank", "lora_r"),
         *converted(
             "lora_target_modules",
@@ -212,11 +231,16 @@ AXOLOTL = Tool(
             if_true(lora_target_modules=["all-linear"]),
             "true: all-linear",
         ),
+        *converted("learning_rate_factors", "loraplus_lr_ratio", _lora_plus, LORA_PLUS),
+        *left_out("unfrozen_parameters", "freeze_parameters names what stays, by patterns"),
         *renamed("use_dora", "peft_use_dora"),
         *renamed("use_rslora", "peft_use_rslora"),
         *left_out("lora_model_dir", "name the adapter in model_name_or_path"),
-        *left_out("load_in_8bit load_in_4bit", QUANTIZED),
-        *left_out("special_tokens tokens", "the tokenizer's own are taken"),
+        *converted("frozen_dtype", "load_in_4bit", if_true(frozen_dtype="nf4"), "true: nf4"),
+        *left_out("load_in_8bit", QUANTIZED),
+        *left_out("special_tokens", "the tokenizer's own are taken; ours names further ones"),
+        *renamed("special_tokens", "tokens"),
+        *renamed("model_revision", "revision_of_model"),
         *left_out("strict", "unknown arguments are refused, always"),
         *renamed("experiment_name", "wandb_project mlflow_experiment_name"),
         *renamed("tracking_uri", "mlflow_tracking_uri"),

@@ -93,6 +93,10 @@ def _strategy(ours: str) -> Conversion:
     return convert
 
 
+def _private(value: Any, settings: Settings) -> dict[str, Any]:
+    return {} if value is None else {"hub_private_repo": value}
+
+
 def _trackers(value: Any, settings: Settings) -> dict[str, Any]:
     if value in (None, [], "none", ["none"]):
         return {"report_to": ["none"]}
@@ -141,7 +145,7 @@ def _seed_of_data(value: Any, settings: Settings) -> dict[str, Any]:
 
 
 LAUNCH = "launch with accelerate launch --config_file accelerate_configs/"
-HUB = "nothing is uploaded: send final/ with `hf upload`"
+HUB = "final/ is uploaded once, at the end (push_to_hub)"
 ALWAYS = "it is always so"
 LOADER = "rows are read from a memory map by the process itself, which costs it next to nothing"
 DDP = "Accelerate's file and torch's defaults decide: see accelerate_configs/ddp.yaml"
@@ -169,8 +173,6 @@ LENGTH = (
     *left_out("optim_args optim_target_modules", "the optimizers take no further arguments"),
     *converted("max_grad_norm", "max_grad_norm", above_zero_or_null("max_grad_norm"), "0: null"),
     *left_out("average_tokens_across_devices", f"{ALWAYS}: each token counts the same", True),
-    *left_out("label_smoothing_factor", "the loss is the plain cross-entropy"),
-    *left_out("neftune_noise_alpha", "no noise is added to embeddings"),
     *renamed("per_device_train_batch_size", "per_gpu_train_batch_size"),
     *renamed("per_device_eval_batch_size", "per_gpu_eval_batch_size"),
     *left_out("auto_find_batch_size", "batches keep their size: set gradient_accumulation_steps"),
@@ -241,10 +243,12 @@ SAVING = (
         _continued,
         "true: auto, the default; Hugging Face checkpoints are not continued",
     ),
-    *left_out("push_to_hub hub_always_push hub_private_repo", HUB),
-    *left_out("hub_token push_to_hub_token", HUB, "<HUB_TOKEN>"),
+    *renamed("hub_model_id", "push_to_hub_model_id"),
+    *converted("hub_private_repo", "hub_private_repo", _private, "null: true"),
+    *left_out("hub_token push_to_hub_token", "set HF_TOKEN in the environment", "<HUB_TOKEN>"),
+    *left_out("hub_always_push hub_revision", HUB),
     *left_out("hub_strategy", HUB, "every_save"),
-    *left_out("hub_model_id hub_revision push_to_hub_model_id push_to_hub_organization", HUB),
+    *left_out("push_to_hub_organization", "hub_model_id has it: OWNER/NAME"),
 )
 JUDGING = (
     *converted(
@@ -325,11 +329,9 @@ RUN_CLM = (
     *converted("train_file", "train_file", paths("train_file")),
     *converted("validation_file", "validation_file", paths("validation_file")),
     *renamed("model_type", "config_name", "the type that this configuration has, such as llama"),
-    *converted("mixed_precision", "torch_dtype", precision, "weights stay in fp32"),
+    *converted("mixed_precision", "torch_dtype", precision, "trained weights stay in fp32"),
     *left_out("use_fast_tokenizer", ALWAYS, True),
-    *left_out("model_revision", "load that revision to a folder, and name the folder", "main"),
     *left_out("token use_auth_token", "set HF_TOKEN in the environment"),
-    *left_out("trust_remote_code", "code from a hub is never run: the model must be known"),
     *left_out("low_cpu_mem_usage", "weights are read without a second copy"),
     *left_out("max_train_samples", "name a part of a dataset: dataset_split train[:1000]"),
     *left_out("max_eval_samples", "eval_max_batches limits an evaluation"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from llm_training.parameter_patterns import RATE_FACTOR
 from llm_training.ranks import BROKEN_EXCHANGE, tensor_parallel_size
 
 T = TypeVar("T")
@@ -46,6 +49,8 @@ class StateForm:
         device: type of the device, "cpu" or "cuda"; None: not noted.
         optimizer_parameters: names of the parameters in the order in which a plain optimizer file
             numbers them; None: not noted.
+        rate_groups: DeepSpeed's, which keeps parameters that share a learning rate in one piece: a
+            checksum of which do; None: all of them do.
     """
 
     backend: str = "single"
@@ -56,6 +61,7 @@ class StateForm:
     precision: str = "fp32"
     device: str | None = None
     optimizer_parameters: tuple[str, ...] | None = None
+    rate_groups: str | None = None
 
     @classmethod
     def of_run(cls, accelerator: Accelerator) -> StateForm:
@@ -80,6 +86,7 @@ class StateForm:
             zero_stage=zero_stage,
             precision={"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
             device=accelerator.device.type,
+            rate_groups=_rate_groups(accelerator) if backend == "deepspeed" else None,
         )
 
     @classmethod
@@ -100,6 +107,7 @@ class StateForm:
             precision=noted["precision"],
             device=noted["device"],
             optimizer_parameters=None if names is None else tuple(names),
+            rate_groups=noted.get("rate_groups"),
         )
 
     def for_manifest(self) -> dict[str, Any]:
@@ -114,6 +122,8 @@ class StateForm:
         }
         if self.optimizer_parameters is not None:
             noted["optimizer_parameters"] = list(self.optimizer_parameters)
+        if self.rate_groups is not None:
+            noted["rate_groups"] = self.rate_groups
         return noted
 
     def __str__(self) -> str:
@@ -121,6 +131,16 @@ class StateForm:
         name = f"ZeRO-{self.zero_stage}" if self.zero_stage is not None else self.backend
         plural = "" if self.num_processes == 1 else "es"
         return f"{self.num_processes} process{plural} ({name.replace('_', ' ')})"
+
+
+def _rate_groups(accelerator: Accelerator) -> str | None:
+    """As `StateForm` has it; None before anything is prepared."""
+    engine: Any = next(iter(accelerator._models), None)
+    groups = getattr(getattr(engine, "optimizer", None), "param_groups", ())
+    if not any(RATE_FACTOR in group for group in groups):
+        return None
+    names = [[*map(plain_name, shapes)] for shapes in engine._get_zero_param_shapes()]
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:12]
 
 
 def plain_name(name: str) -> str:
@@ -131,8 +151,8 @@ def plain_name(name: str) -> str:
 def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trained parameters under their plain names; tied ones once, under the first.
 
-    Others are as the model was built, of a base that adapters are trained for above all: no
-    checkpoint holds them.
+    Others are as the model was built, of the base that adapters are trained for or frozen by
+    `freeze_parameters`: no checkpoint holds them.
     """
     return {plain_name(n): p for n, p in model.named_parameters() if p.requires_grad}
 

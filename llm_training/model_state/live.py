@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from llm_training.model_state.form import parameters_by_name
 from llm_training.model_state.readers import MOMENTS, MUON_MOMENTS
+from llm_training.parameter_patterns import RATE_FACTOR
 
 
 class LiveModel:
@@ -45,6 +46,12 @@ class LiveModel:
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         groups = self.optimizer.param_groups
         return [names[id(parameter)] for group in groups for parameter in group["params"]]
+
+    @property
+    def has_one_rate(self) -> bool:
+        """Whether the optimizer orders its parameters as it does without rates of their own."""
+        assert self.optimizer is not None
+        return not any(RATE_FACTOR in group for group in self.optimizer.param_groups)
 
     @property
     def is_quantized(self) -> bool:

@@ -59,8 +59,9 @@ def load_model_state(
     """Puts weights and optimizer state back; every rank must call this.
 
     Sharded checkpoints are read by every rank for itself, on any number of processes, and those of
-    DeepSpeed where stage, precision and number of processes are the same. All others are read by
-    rank 0 as whole tensors and sent to the others, which is exact too but takes longer.
+    DeepSpeed where stage, precision, number of processes and the parameters that share a rate are
+    the same. All others are read by rank 0 as whole tensors and sent to the others, which is exact
+    too but takes longer.
 
     Args:
         there: the form in which the checkpoint in `folder` lies.
@@ -93,7 +94,7 @@ def load_model_state(
 def is_converted(there: StateForm, here: StateForm) -> bool:
     """Whether a checkpoint must take another form before this run can read it."""
     if here.backend == there.backend == "deepspeed":
-        names = ("zero_stage", "num_processes", "precision")
+        names = ("zero_stage", "num_processes", "precision", "rate_groups")
         return any(getattr(here, name) != getattr(there, name) for name in names)
     return (here.backend, here.layout) != (there.backend, there.layout)
 
@@ -239,7 +240,7 @@ def _set_optimizer(
     scratch: Path,
 ) -> None:
     order = None  # of the parameters, for old files without names; these backends have another
-    if isinstance(live, LiveModel) and here.backend != "tensor_parallel":
+    if isinstance(live, LiveModel) and here.backend != "tensor_parallel" and live.has_one_rate:
         order = live.optimizer_parameters
 
     def read() -> OptimizerState:
