@@ -39,7 +39,9 @@ from llm_training.launch_settings import LaunchSettings, read_launch_settings
 from llm_training.memory_needs import backend_of
 from llm_training.metrics import check_metrics
 from llm_training.modeling import (
+    check_existing,
     count_parameters,
+    count_trained,
     fit_config,
     load_config,
     model_fingerprint,
@@ -80,7 +82,15 @@ def dry_run(arguments: Arguments, request: StopRequest) -> Plan | None:
 
     outlook = prepare_or_estimate(arguments, tokenizer_source=arguments.model_name_or_path, say=say)
     config = load_config(arguments, outlook.data.tokenizer)
-    block_size = fit_config(config, arguments, outlook.data.vocab_size, arguments.block_size)
+    unused = check_existing(config, arguments)
+    block_size = fit_config(
+        config,
+        arguments,
+        outlook.data.vocab_size,
+        arguments.block_size,
+        tokenizer=outlook.data.tokenizer,
+        say=say,
+    )
     rows, validation = rows_of(outlook, arguments, block_size)
     plan = make_plan(arguments, batch, rows, block_size)
     form: list[str] = []
@@ -105,7 +115,7 @@ def dry_run(arguments: Arguments, request: StopRequest) -> Plan | None:
     lines = outlook.data.lines()
     lines += row_lines(rows, validation) if not outlook.estimated else []
     lines += model_lines(needs.network, config, f"{precision} on {device_type}{split_of(launch)}")
-    lines += [*form, *optimizer_lines(needs.network, arguments)]
+    lines += [*unused, *form, *optimizer_lines(needs.network, arguments)]
     lines += plan_lines(plan, needs.network, config, is_estimated=bool(outlook.estimated))
     lines += needs.lines()
     print("\n".join(lines), flush=True)
@@ -175,8 +185,8 @@ def model_lines(network: nn.Module, config: Any, where: str) -> list[str]:
     total = sum(parameter.numel() for parameter in network.parameters())
     counted, outside = count_parameters(network)
     padding = f" ({total - counted:,} of padding not counted)" if total > counted else ""
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    are_trained = "all trained" if trained == total else f"{trained:,} of them trained"
+    trained = count_trained(network)
+    are_trained = "all trained" if trained == counted else f"{trained:,} of them trained"
     return [
         f"Model    {config.model_type}, {counted:,} parameters, {are_trained}{padding};"
         f" {counted - outside:,} in embeddings; {where}"

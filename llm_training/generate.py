@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ADAPTER = "adapter_config.json"
+ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MOST_CHARACTERS = 400  # of what another library says of a misfit
 MARKS = ("config.json", ADAPTER)
 END_HINT = "An empty line or Ctrl-D ends; Ctrl-C ends an answer."
 
@@ -31,12 +33,14 @@ def main(words: Sequence[str] | None = None) -> int:
     given = build_parser().parse_args(words)
     try:
         folder = find_model(Path(given.folder), given.which)
-        model, tokenizer = open_model(folder)
+        model, tokenizer = open_model(folder, trust_remote_code=given.trust_remote_code)
         if given.chat and not tokenizer.chat_template:
             raise GenerateError(
                 f"--chat: the tokenizer in {folder} has no chat template, so the model was hardly"
                 " trained on conversations. Leave --chat out, and give a text to continue."
             )
+        if given.chat:
+            end_at_turns(model, tokenizer)
         print(describe(folder, model), file=sys.stderr)
         speak(model, tokenizer, given)
     except GenerateError as error:
@@ -85,6 +89,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--num_samples", type=_positive, default=1, help="different continuations of a prompt"
     )
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="run Python code that lies beside the model; read it first",
+    )
     return parser
 
 
@@ -115,11 +124,18 @@ def _is_model(folder: Path) -> bool:
     return any((folder / name).is_file() for name in MARKS)
 
 
-def open_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def open_model(
+    folder: Path, *, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model on the best device there is, in bf16 on GPUs and fp32 elsewhere, and its tokenizer.
 
+    Args:
+        folder: of the model, or of an adapter.
+        trust_remote_code: whether code that lies beside them may run.
+
     Raises:
-        GenerateError: the folder lacks something, or needs code or pickles of others.
+        GenerateError: the folder lacks something, holds another model than it says, or needs
+            pickles of others, or code that may not run.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -129,25 +145,37 @@ def open_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     logging.set_verbosity_error()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = _base_of(folder) if (folder / ADAPTER).is_file() else folder
+    words = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        opened: Any = AutoModelForCausalLM.from_pretrained(
             base,
             dtype=torch.bfloat16 if device == "cuda" else torch.float32,
             use_safetensors=True,
-            local_files_only=True,
+            ignore_mismatched_sizes=True,  # they are refused with their names
+            output_loading_info=True,
+            **words,
         )
+        model, found = opened
+        _refuse_missing(base, found)
         if base != folder:
-            model = _with_adapter(model, folder)
+            model = _with_adapter(model, base, folder)
         has_own = (folder / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder if has_own else base, local_files_only=True
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder if has_own else base, **words)
+    except GenerateError:
+        raise
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        told = " ".join(str(error).split())
-        raise GenerateError(f"{folder} cannot be opened: {told}") from error
+        raise GenerateError(_cannot_open(folder, error)) from error
     if model.generation_config.eos_token_id is None:
         model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model.to(device).eval(), tokenizer
+
+
+def end_at_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Lets an answer end at what ends one by the chat template; adapters do not tell the model."""
+    from llm_training.data.documents.chat_templates import end_of_turn
+    from llm_training.generation import add_end_token
+
+    add_end_token(model, tokenizer, end_of_turn(tokenizer))
 
 
 def _base_of(folder: Path) -> Path:
@@ -161,14 +189,63 @@ def _base_of(folder: Path) -> Path:
     return base
 
 
-def _with_adapter(model: Any, folder: Path) -> Any:
+def _cannot_open(folder: Path, error: Exception) -> str:
+    told = " ".join(str(error).split())
+    if "trust_remote_code" in told:
+        return (
+            f"{folder} needs Python code that lies beside it, and such code may do anything on"
+            " this machine. Read it; then give --trust_remote_code."
+        )
+    return f"{folder} cannot be opened: {told}"
+
+
+def _refuse_missing(base: Path, found: dict[str, Any]) -> None:
+    """Refuses a model of which a part would be random."""
+    wrong = sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
+    if wrong:
+        raise GenerateError(
+            f"{base} does not hold the weights of the model that its config.json describes:"
+            f" {len(wrong)} are missing or have another shape ({', '.join(wrong[:4])}). Name a"
+            " folder whose files belong together."
+        )
+
+
+def _with_adapter(model: Any, base: Path, folder: Path) -> Any:
     try:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
+        from safetensors import safe_open
     except ImportError:
         raise GenerateError(
             f"{folder} holds an adapter, which takes the package peft: pip install peft"
         ) from None
-    return PeftModel.from_pretrained(model, folder)
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise GenerateError(f"{folder} holds an adapter, but no {weights.name}: copy it there.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what does not fit; it is refused below
+            adapted = PeftModel.from_pretrained(model, folder)
+        with safe_open(weights, framework="pt") as opened:
+            names = {key.removesuffix(".weight") for key in opened.keys()}  # noqa: SIM118
+    except (ValueError, RuntimeError) as error:
+        raise GenerateError(_does_not_fit(folder, base, str(error))) from error
+    places = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    strange = sorted(names ^ {key.removesuffix(".weight") for key in places})
+    if strange:
+        told = f"{len(strange)} weights of the one have no place in the other ({strange[0]})"
+        raise GenerateError(_does_not_fit(folder, base, told))
+    return adapted
+
+
+def _does_not_fit(folder: Path, base: Path, reason: str) -> str:
+    reason = " ".join(reason.split())
+    if len(reason) > MOST_CHARACTERS:
+        reason = f"{reason[:MOST_CHARACTERS]} ..."
+    return (
+        f"The adapter in {folder} does not fit the model in {base}: {reason.rstrip('.')}. It was"
+        f" trained with another model: write the folder of that into {folder / ADAPTER}"
+        " (base_model_name_or_path)."
+    )
 
 
 def describe(folder: Path, model: PreTrainedModel) -> str:

@@ -102,6 +102,7 @@ def add_adapters(model: PreTrainedModel, arguments: LoraArguments) -> list[str]:
         exclude_modules=None,
         modules_to_save=whole or None,
         base_model_name_or_path=_base_path(model),
+        revision=getattr(model.config, "_commit_hash", None),
     )
     setattr(model, MARK, Adapters(config, base_mark(model), arguments.merge_adapter))
     return [_line(model, config, len(layers))]
@@ -302,7 +303,8 @@ def base_mark(model: PreTrainedModel) -> str:
         LoraError: they are not to be found.
     """
     checksum = new_checksum()
-    for path in _weight_files(str(model.config.name_or_path)):
+    commit = getattr(model.config, "_commit_hash", None)
+    for path in _weight_files(str(model.config.name_or_path), commit):
         size = path.stat().st_size
         checksum.update(f"{path.name} {size}\n".encode())
         is_small = size <= SMALL_FILE_BYTES
@@ -313,13 +315,14 @@ def base_mark(model: PreTrainedModel) -> str:
     return str(checksum.hexdigest()[:12])
 
 
-def _weight_files(name: str) -> list[Path]:
+def _weight_files(name: str, commit: str | None) -> list[Path]:
     folder = Path(name)
     if not name:
         return []  # made from a configuration, to reckon with
     if not folder.is_dir():
         try:  # of a hub id: where its files were put when they were fetched
-            folder = Path(str(cached_file(name, "config.json", local_files_only=True))).parent
+            config = cached_file(name, "config.json", local_files_only=True, revision=commit)
+            folder = Path(str(config)).parent
         except (OSError, ValueError) as error:
             raise LoraError(f"The files of {name} cannot be found: {error}") from error
     for pattern in ("*.safetensors", "*.bin"):

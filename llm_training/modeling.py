@@ -1,4 +1,4 @@
-"""The model: loaded or made from a configuration, and wrapped so that it returns its loss."""
+"""The model: loaded or made from a configuration, and fitted to the data and the device."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import difflib
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,14 +23,21 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from arguments import Arguments, ModelArguments
 from llm_training.chunked_loss import (
-    ChunkedHead,
     is_worth_chunking,
     positions_per_chunk,
     why_not_chunked,
 )
 from llm_training.lora import adapters_of
-from llm_training.losses import likeliest_tokens, row_losses, shift_labels, token_loss_sum
-from llm_training.packed_rows import rows_known
+from llm_training.new_tokens import fit_tokens, grow_embedding
+from llm_training.parameter_patterns import frozen_base
+from llm_training.pretrained import (
+    ModelError,
+    check_direction,
+    check_weights,
+    load_existing,
+    read_config,
+    stored_config,
+)
 from llm_training.vocab_padding import PaddedHead, pad_vocab, trained_shape, why_not_padded
 from llm_training.zero_init import whole_models, whole_shape
 
@@ -41,85 +49,11 @@ DEFAULT_BLOCK_SIZE = 1024
 VOCAB_MULTIPLE = 64
 LARGE_VOCAB = 16384
 
-
-class ModelError(ValueError):
-    """The model asked for cannot be had; the message says why and what to do."""
+Say = Callable[[str], None]
 
 
-class CausalLMWithLoss(nn.Module):
-    """A causal language model whose forward pass ends in the summed token loss.
-
-    Accelerate copies every output of the module it wraps to float32; the logits are the largest
-    tensor of a step, so they stay inside.
-    """
-
-    def __init__(self, model: PreTrainedModel, *, chunked_loss: bool = False):
-        """Wraps `model`; `choose_chunked_loss` says whether its head may judge by itself."""
-        super().__init__()
-        self.model = model
-        # In a tuple: a module here would be registered, and saved, a second time.
-        self._chunked_heads = (ChunkedHead.take_place(model),) if chunked_loss else ()
-        # Sharding backends read from the wrapped module which blocks belong together.
-        self._no_split_modules = model._no_split_modules
-        self.config = model.config
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        labels: Tensor | None = None,
-        next_tokens: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        per_row: bool = False,
-        with_guesses: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The loss of a micro-batch.
-
-        Args:
-            input_ids: (B, T) int64.
-            labels: (B, T) int64, unshifted, -100 where nothing is predicted.
-            next_tokens: (B, T) int64 in place of labels: they are shifted already, as they must be
-                where ranks share the positions of a row.
-            position_ids: (B, T) int64, where they are not 0 to T - 1: where ranks share a row, and
-                under a document mask, where they begin at 0 in each document. Attention then stays
-                within the documents: transformers tells them apart by these numbers.
-            per_row: whether each row's loss is asked for, as in evaluation: without a gradient.
-            with_guesses: whether the likeliest tokens are asked for, beside the loss of each row.
-
-        Returns:
-            The loss in nats summed over the predicted tokens, float32, a scalar or (B,); and the
-            likeliest token of each position ((B, T) int64, anything where nothing is predicted) or
-            None. Without labels the logits (B, T, V), minus infinity where they stand for no token,
-            and None.
-        """
-        # Ranks that share a row hand over its positions as well: they part no documents.
-        are_packed = position_ids is not None and next_tokens is None
-        if labels is not None:
-            next_tokens = shift_labels(labels)
-        if next_tokens is not None and self._chunked_heads:
-            (head,) = self._chunked_heads
-            with head.judging(next_tokens, per_row=per_row, with_guesses=with_guesses):
-                loss = self._head_output(input_ids, position_ids, are_packed)
-            return loss, head.take_guesses()
-        logits = self._head_output(input_ids, position_ids, are_packed)
-        logits = logits.view(*input_ids.shape, -1)
-        if next_tokens is None:
-            return logits, None
-        if per_row:
-            guesses = likeliest_tokens(logits) if with_guesses else None
-            return row_losses(logits, next_tokens), guesses
-        return token_loss_sum(logits, next_tokens), None
-
-    def _head_output(
-        self, input_ids: Tensor, position_ids: Tensor | None, are_packed: bool
-    ) -> Tensor:
-        if position_ids is not None and "flash" in self.config._attn_implementation:
-            # Flash attention looks for documents in a single row only.
-            input_ids, position_ids = input_ids.view(1, -1), position_ids.view(1, -1)
-        # Without a mask and without a cache: with either, documents would see each other.
-        with rows_known(are_packed):
-            outputs = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-        logits: Tensor = outputs.logits
-        return logits
+def say_nothing(line: str) -> None:
+    """For who does not care what is said."""
 
 
 def load_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase | None) -> Any:
@@ -129,9 +63,10 @@ def load_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase | 
         ModelError: unknown type, unknown override, or a model that cannot be found.
     """
     if arguments.model_name_or_path is not None:
-        config = _load_existing_config(arguments.model_name_or_path)
+        config = read_config(arguments)
     else:
         config = _make_config(str(arguments.model_type), arguments.config_overrides)
+        check_direction(config, f"--model_type {arguments.model_type}")
         if tokenizer is not None:
             config.bos_token_id = tokenizer.bos_token_id
             config.eos_token_id = tokenizer.eos_token_id
@@ -141,9 +76,19 @@ def load_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase | 
 
 
 def fit_config(
-    config: PretrainedConfig, arguments: ModelArguments, vocab_size: int, block_size: int | None
+    config: PretrainedConfig,
+    arguments: ModelArguments,
+    vocab_size: int,
+    block_size: int | None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    say: Say = say_nothing,
 ) -> int:
-    """Fits a new model's vocabulary and positions to the data, and checks an existing one's.
+    """Fits a model's vocabulary and positions to the data: a new one's, or an existing one's.
+
+    Args:
+        tokenizer: of the data; an existing model gets rows for the tokens that it adds to its own.
+        say: takes lines that tell how an existing model's tokens fit.
 
     Returns:
         The block size: as asked for, or the model's longest row up to 1024 tokens.
@@ -157,11 +102,13 @@ def fit_config(
         is_chosen = {"n_positions", "max_position_embeddings"} & set(arguments.config_overrides)
         if hasattr(config, "max_position_embeddings") and not is_chosen:
             config.max_position_embeddings = block_size or DEFAULT_BLOCK_SIZE
-    if config.vocab_size < vocab_size:
+    if arguments.model_name_or_path is not None:
+        for line in fit_tokens(config, arguments, tokenizer, vocab_size):
+            say(line)
+    elif config.vocab_size < vocab_size:
         raise ModelError(
             f"The data uses a vocabulary of {vocab_size} tokens, but the model embeds only"
-            f" {config.vocab_size}. Use the model's own tokenizer (--tokenizer_name), or train from"
-            " scratch without vocab_size in --config_overrides."
+            f" {config.vocab_size}: leave vocab_size out of --config_overrides, or make it larger."
         )
     positions = getattr(config, "max_position_embeddings", None)
     if block_size is None:
@@ -174,33 +121,50 @@ def fit_config(
     return block_size
 
 
+def check_existing(config: PretrainedConfig, arguments: ModelArguments) -> list[str]:
+    """`check_weights` of an existing model whose files are at hand; fetches and builds nothing."""
+    if arguments.model_name_or_path is None:
+        return []
+    return check_weights(config, arguments, fetch=False)
+
+
 def build_model(
-    config: PretrainedConfig, arguments: Arguments, *, tp_size: int = 1
+    config: PretrainedConfig,
+    arguments: Arguments,
+    *,
+    tp_size: int = 1,
+    device_type: str = "cpu",
+    say: Say = say_nothing,
 ) -> PreTrainedModel:
     """The model in float32 (the master weights), in training mode.
 
     Call it with the same random seed on every rank: not every backend sends rank 0's weights on.
 
     Args:
+        config: an existing model gets the vocabulary that it tells, if that has grown.
         tp_size: ranks that hold the model between them, by the plan that its architecture brings.
+        device_type: of the run.
+        say: takes lines that tell what of existing files is not used.
 
     Raises:
-        ModelError: the weights cannot be loaded, the attention kernel is not to be had, or the
-            model cannot be split over `tp_size` ranks.
+        ModelError: the weights cannot be loaded or are not all there, the attention kernel is not
+            to be had, or the model cannot be split over `tp_size` ranks.
     """
     kwargs: dict[str, Any] = {"dtype": torch.float32}
     if arguments.attn_implementation is not None:
         kwargs["attn_implementation"] = arguments.attn_implementation
-    name = arguments.model_name_or_path
     try:
-        if name is None:
+        if arguments.model_name_or_path is None:
             with whole_models():
-                model = AutoModelForCausalLM.from_config(config, **kwargs)
+                model = AutoModelForCausalLM.from_config(
+                    config, trust_remote_code=arguments.trust_remote_code, **kwargs
+                )
         else:
-            model = AutoModelForCausalLM.from_pretrained(name, config=config, **kwargs)
+            model = _load_grown(config, arguments, device_type, say, kwargs)
+    except ModelError:
+        raise
     except (OSError, ImportError, ValueError) as error:
-        source = name or f"a {arguments.model_type} configuration"
-        raise ModelError(f"No model could be made from {source}: {error}") from error
+        raise ModelError(_why_not_made(arguments, error)) from error
     if tp_size > 1:
         model = _split_matrices(model, tp_size)
     if arguments.gradient_checkpointing:
@@ -310,7 +274,7 @@ def check_row_split(model: PreTrainedModel, block_size: int, cp_size: int) -> No
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Parameters, all and those outside of embedding tables; tied ones count once.
 
-    Those that adapters leave as they are count too, rows that only pad the vocabulary do not.
+    Those that are not trained count too, rows that only pad the vocabulary do not.
     """
     embedded = {
         id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
@@ -320,21 +284,23 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def count_trained(model: nn.Module) -> int:
-    """Parameters that are trained: all of them, or those of adapters and what goes with them."""
+    """Parameters that are trained: all, those not frozen, or those of adapters and their like."""
     return sum(trained_shape(p).numel() for p in model.parameters() if p.requires_grad)
 
 
 def model_fingerprint(model: nn.Module) -> str:
     """The model's size, a hash over the names, shapes and types of its weights, and its padding.
 
-    With adapters also which weights are trained, and a checksum of those that are not.
+    With adapters or frozen parameters also which weights are trained, and a checksum of the files
+    from which the others come.
     """
     shapes = {name: whole_shape(p) for name, p in model.named_parameters()}
     # Weights are built in float32; ZeRO-3 may hold parts of them in another type.
     layout = [(name, list(shape), "torch.float32") for name, shape in shapes.items()]
-    adapters = adapters_of(model)
-    if adapters is not None:
-        layout += [(n, [], "trained") for n, p in model.named_parameters() if p.requires_grad]
+    adapters, frozen = adapters_of(model), frozen_base(model)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    if adapters is not None or frozen is not None:
+        layout += [(name, [], "trained") for name in trained]
     digest = hashlib.sha256(json.dumps(layout).encode()).hexdigest()[:12]
     size = f"{sum(shape.numel() for shape in shapes.values()):,} parameters ({digest})"
     heads = [module for module in model.modules() if isinstance(module, PaddedHead)]
@@ -344,7 +310,38 @@ def model_fingerprint(model: nn.Module) -> str:
         if head.num_tokens < head.out_features
     ]
     base = "" if adapters is None else f", adapters for the base weights {adapters.base_mark}"
+    if frozen is not None:
+        base = f", {sum(shapes[name].numel() for name in trained):,} of them trained"
+        base += f", the others of the base weights {frozen}" if frozen else ""
     return size + "".join(padding) + base
+
+
+def _load_grown(
+    config: PretrainedConfig,
+    arguments: Arguments,
+    device_type: str,
+    say: Say,
+    kwargs: dict[str, Any],
+) -> PreTrainedModel:
+    """The model of the files, with rows for all tokens of `config`."""
+    stored = stored_config(config, arguments)
+    for line in check_weights(stored, arguments):
+        say(line)
+    model = load_existing(stored, arguments, device_type=device_type, **kwargs)
+    if config.get_text_config().vocab_size != stored.get_text_config().vocab_size:
+        grow_embedding(model, config.get_text_config().vocab_size)
+    return model
+
+
+def _why_not_made(arguments: Arguments, error: Exception) -> str:
+    source = arguments.model_name_or_path or f"a {arguments.model_type} configuration"
+    kernel, told = arguments.attn_implementation, " ".join(str(error).split())
+    if kernel is not None and "attention" in told.lower():
+        return (
+            f"--attn_implementation {kernel} is not to be had for {source}: {told} Install what it"
+            " needs, or give sdpa, eager, or null for the best that is there."
+        )
+    return f"No model could be made from {source}: {told}"
 
 
 def _split_matrices(model: PreTrainedModel, tp_size: int) -> PreTrainedModel:
@@ -367,16 +364,6 @@ def _split_matrices(model: PreTrainedModel, tp_size: int) -> PreTrainedModel:
         return model.maybe_distribute_model(model, config, mesh)
     except ValueError as error:
         raise ModelError(f"The model cannot be split over {tp_size} ranks: {error}") from error
-
-
-def _load_existing_config(name: str) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"--model_name_or_path {name} has no model that transformers can read: {error} Give a"
-            " local folder with a config.json and weights, or a hub id while the hub is reachable."
-        ) from error
 
 
 def _make_config(model_type: str, overrides: dict[str, Any]) -> PretrainedConfig:

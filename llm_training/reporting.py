@@ -15,12 +15,14 @@ import torch
 import transformers
 from accelerate import Accelerator
 
+from llm_training.causal_lm import CausalLMWithLoss
 from llm_training.data import PreparedData
 from llm_training.data.rows.store_rows import Rows
 from llm_training.flops import model_flops_per_token, peak_flops
+from llm_training.hub_metadata import published_line
 from llm_training.launch import describe_threads, has_bf16
 from llm_training.model_state import StateForm
-from llm_training.modeling import CausalLMWithLoss, count_parameters, count_trained
+from llm_training.modeling import count_parameters, count_trained
 from llm_training.resume_classes import effect_of_change
 from llm_training.samples import Sample, summary_of
 
@@ -104,6 +106,7 @@ def provenance(
         "train_tokens": data.num_tokens("train"),
         "validation_tokens": data.num_tokens("validation"),
         **_set_provenance(data),
+        **_model_provenance(network),
         "num_parameters": parameters,
         "num_parameters_outside_embeddings": outside_embeddings,
         "num_trained_parameters": count_trained(network),
@@ -132,6 +135,12 @@ def _set_provenance(data: PreparedData) -> dict[str, Any]:
         "validation_set_tokens": {n: own.num_tokens("validation") for n, own in sets.items()},
         "validation_set_fingerprints": {name: own.fingerprint for name, own in sets.items()},
     }
+
+
+def _model_provenance(network: CausalLMWithLoss) -> dict[str, Any]:
+    """The commit on the hub that the model came from, where it did."""
+    commit = getattr(network.config, "_commit_hash", None)
+    return {} if commit is None else {"model_commit": commit}
 
 
 def device_name(accelerator: Accelerator) -> str:
@@ -185,4 +194,6 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
         lines += summary_of([Sample(**sample) for sample in samples], width)
     elif result.get("sample") is not None:  # of a run before there were several
         lines += ["Sample", *("    " + line for line in result["sample"].splitlines())]
-    return [*lines, f"Model    {result['model']}", f"Review   {result['review']}"]
+    lines.append(f"Model    {result['model']}")
+    lines += [published_line(noted)] if (noted := result.get("hub")) else []
+    return [*lines, f"Review   {result['review']}"]

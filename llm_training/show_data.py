@@ -38,7 +38,14 @@ def main(arguments: Arguments, num_rows: int) -> int:
     try:
         data = prepare_data(arguments, tokenizer_source=arguments.model_name_or_path)
         config = load_config(arguments, data.tokenizer)
-        block_size = fit_config(config, arguments, data.vocab_size, arguments.block_size)
+        block_size = fit_config(
+            config,
+            arguments,
+            data.vocab_size,
+            arguments.block_size,
+            tokenizer=data.tokenizer,
+            say=print,
+        )
         rows = train_rows(data, arguments, block_size)
         main_rows = validation_rows(data, arguments, block_size)
         sets = validation_set_rows(data, arguments, block_size)

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_training.zero_init import whole_shape
+from llm_training.zero_init import gathered, whole_shape
 
 # On a parameter: how many of its rows stand for a token.
 MARK = "num_tokens"
@@ -120,18 +118,9 @@ def _with_zero_rows(parameter: Tensor, num_rows: int) -> nn.Parameter:
     """A parameter that begins with the rows of this one; whole also where ZeRO-3 has cut it."""
     assert isinstance(parameter, nn.Parameter)
     shape = whole_shape(parameter)
-    with _gathered(parameter):
+    with gathered(parameter):
         sides = (0, 0) * (len(shape) - 1)
         rows = F.pad(parameter.detach(), (*sides, 0, num_rows - shape[0]))
     padded = nn.Parameter(rows, requires_grad=parameter.requires_grad)
     setattr(padded, MARK, shape[0])
     return padded
-
-
-def _gathered(parameter: nn.Parameter) -> AbstractContextManager[Any]:
-    if not hasattr(parameter, "ds_id"):
-        return nullcontext()
-    from deepspeed import zero
-
-    gathered: AbstractContextManager[Any] = zero.GatheredParameters([parameter])
-    return gathered

@@ -7,18 +7,32 @@ holds the whole model. A parameter then has an empty shape and notes its real on
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.integrations import deepspeed
 
+# On a parameter whose numbers are packed: the shape that they would have.
+LOGICAL_SHAPE = "logical_shape"
+
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape of a parameter, also of one that ZeRO-3 has cut."""
-    cut: Any = getattr(parameter, "ds_shape", None)
+    """The shape of a parameter, also of one that ZeRO-3 has cut or that is packed."""
+    packed: Any = getattr(parameter, LOGICAL_SHAPE, None)
+    cut: Any = getattr(parameter, "ds_shape", packed)
     return parameter.shape if cut is None else torch.Size(cut)
+
+
+def gathered(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+    """Inside, a parameter that ZeRO-3 has cut is whole on every rank; every rank must enter."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    from deepspeed import zero
+
+    whole: AbstractContextManager[Any] = zero.GatheredParameters([parameter])
+    return whole
 
 
 @contextmanager

@@ -7,11 +7,20 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from llm_training import generate
 from llm_training.data.tokens.tokenizers import train_tokenizer
@@ -146,3 +155,95 @@ def test_numbers_that_make_no_sense_are_refused(words: list[str], run: Path) -> 
     with pytest.raises(SystemExit) as refused:
         main([str(run), *words])
     assert refused.value.code == 2
+
+
+# --------------------------------------------------------------------- what does not fit together
+
+
+@pytest.fixture
+def adapter(run: Path, tmp_path: Path) -> Path:
+    """An adapter for the model of the run, in a folder of its own."""
+    model = get_peft_model(
+        GPT2LMHeadModel.from_pretrained(run / "final"), LoraConfig(r=2, fan_in_fan_out=True)
+    )
+    model.peft_config["default"].base_model_name_or_path = str(run / "final")
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def refusal(capsys: pytest.CaptureFixture[str], folder: Path) -> str:
+    assert main([str(folder), "--prompt", "a", "--max_new_tokens", "1"]) == 1
+    return capsys.readouterr().err
+
+
+def put_on(adapter: Path, base: Path) -> None:
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"base_model_name_or_path": str(base)}
+    path.write_text(json.dumps(config), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({"n_embd": 32, "n_layer": 1}, "size mismatch"),
+        ({"n_embd": 16, "n_layer": 2}, "2 weights of the one have no place in the other"),
+    ],
+)
+def test_an_adapter_of_another_model_is_refused_by_both_names(
+    sizes: dict[str, int],
+    reason: str,
+    run: Path,
+    adapter: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert said(capsys, adapter, "--prompt", "a", "--max_new_tokens", 2).startswith("a")
+    GPT2LMHeadModel(GPT2Config(n_head=2, vocab_size=257, **sizes)).save_pretrained(tmp_path / "b")
+    put_on(adapter, tmp_path / "b")
+    told = refusal(capsys, adapter)
+    assert f"adapter in {adapter} does not fit the model in {tmp_path / 'b'}: " in told
+    assert reason in told and len(told) < 1000
+
+
+def test_an_adapter_for_another_kind_or_without_its_file_is_refused(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 8}
+    config = LlamaConfig(num_attention_heads=2, vocab_size=257, **sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    put_on(adapter, tmp_path / "llama")
+    assert "does not fit the model in" in refusal(capsys, adapter)
+    (adapter / "adapter_model.safetensors").unlink()
+    assert "holds an adapter, but no adapter_model.safetensors" in refusal(capsys, adapter)
+
+
+def test_a_model_that_is_not_all_there_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run / "final", tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_layer": 2}))
+    assert "12 are missing or have another shape (transformer.h.1" in refusal(capsys, tmp_path)
+
+
+def test_code_beside_a_model_runs_by_consent(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    monkeypatch.setattr("sys.path", list(sys.path))
+    folder = tmp_path / "own"
+    shutil.copytree(run / "final", folder)
+    (folder / "own_code.py").write_text(
+        "from transformers import GPT2Config, GPT2LMHeadModel\n\n\n"
+        "class OwnConfig(GPT2Config):\n    model_type = 'own_gpt'\n\n\n"
+        "class OwnModel(GPT2LMHeadModel):\n    config_class = OwnConfig\n"
+    )
+    names = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnModel"}
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own_gpt", "auto_map": names}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "needs Python code that lies beside it" in refusal(capsys, folder)
+    words = ("--prompt", "def ", "--temperature", 0, "--max_new_tokens", 9)
+    text = said(capsys, folder, "--trust_remote_code", *words)
+    assert text == said(capsys, run, *words)

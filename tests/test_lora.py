@@ -22,12 +22,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import train_llm
 from arguments import Arguments, BatchSizes
 from llm_training.argument_parsing import read_arguments
+from llm_training.causal_lm import CausalLMWithLoss
 from llm_training.flops import model_flops_per_token
 from llm_training.launch_settings import LaunchSettings
 from llm_training.lora import add_adapters
 from llm_training.memory_needs import estimate_memory
 from llm_training.milestones import export
-from llm_training.modeling import CausalLMWithLoss, ModelError, model_fingerprint
+from llm_training.modeling import ModelError, model_fingerprint
 from llm_training.outputs import OutputFolder
 from llm_training.run import Run
 from llm_training.traced_memory import Outline

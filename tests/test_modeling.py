@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from arguments import Arguments, ModelArguments
+from llm_training.causal_lm import CausalLMWithLoss
 from llm_training.losses import row_losses, shift_labels, token_loss_sum
 from llm_training.modeling import (
-    CausalLMWithLoss,
     ModelError,
     build_model,
     check_row_split,

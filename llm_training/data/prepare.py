@@ -24,7 +24,12 @@ from llm_training.data.folders import check_free_space, exclusive, new_folder
 from llm_training.data.ledger import Ledger
 from llm_training.data.prepared import PreparedData, content_fingerprint
 from llm_training.data.progress import Progress
-from llm_training.data.recipe import Recipe, make_recipe, make_validation_recipe
+from llm_training.data.recipe import (
+    Recipe,
+    make_recipe,
+    make_validation_recipe,
+    tokenizer_loader,
+)
 from llm_training.data.tokens.bin_files import prepare_bin_files
 from llm_training.data.tokens.encoding import TextEncoder
 from llm_training.data.tokens.nanogpt_meta import write_nanogpt_meta
@@ -76,6 +81,7 @@ def prepare_source(
             tokenizer_source=tokenizer_source,
             cache_dir=Path(arguments.cache_dir).expanduser(),
             say=say,
+            load=tokenizer_loader(arguments, tokenizer_source),
         )
     recipe = make_recipe(arguments, train_files, validation_files, tokenizer_source, say)
     folder = _take_or_build(recipe, arguments, say)

@@ -10,8 +10,9 @@ from fractions import Fraction
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, cast
 
-from arguments import holds_conversations
-from llm_training.data.documents.chat import Conversations, load_chat_template
+from arguments import Arguments, holds_conversations
+from llm_training.data.documents.chat import Conversations
+from llm_training.data.documents.chat_templates import load_chat_template
 from llm_training.data.documents.filtered import FilteredSource
 from llm_training.data.documents.formats import DocumentFormat, PlainText
 from llm_training.data.documents.hub_datasets import load_hub_dataset
@@ -54,7 +55,8 @@ class Recipe:
         share: of the training documents kept for validation; 0 where that has its own.
         tokenizer_name: as it was asked for.
         tokenizer: the loaded one; None where it is still to be made from the training data.
-        vocab_size, min_frequency, special_tokens: of a tokenizer to be made.
+        vocab_size, min_frequency: of a tokenizer to be made.
+        special_tokens: of a tokenizer to be made; a loaded one has them by now.
         holds_conversations: whether the documents are conversations.
     """
 
@@ -151,7 +153,9 @@ def make_recipe(
     share = validation_share(arguments.validation_split_percentage)
     name = arguments.tokenizer_name or tokenizer_source
     has_train = bool(train_files or arguments.dataset_name)
-    tokenizer = load_if_given(name, has_train=has_train)
+    tokenizer = load_if_given(
+        name, has_train=has_train, load=tokenizer_loader(arguments, tokenizer_source)
+    )
     document_format = make_format(arguments, tokenizer)
     train: Source | None
     validation: Source | None
@@ -269,8 +273,39 @@ def _filtered(source: Source | None, arguments: DataArguments) -> Source | None:
     )
 
 
-def load_if_given(name: str | None, *, has_train: bool) -> PreTrainedTokenizerBase | None:
+def tokenizer_loader(
+    arguments: DataArguments, source: str | None
+) -> Callable[[str], PreTrainedTokenizerBase]:
+    """Opens tokenizers as the arguments have them.
+
+    That of the model is of the model's revision; each gets the special tokens asked for, and none
+    brings code along that may run unasked.
+
+    Args:
+        source: the model, whose tokenizer may be opened by its name.
+    """
+    revision, is_trusted = None, False
+    if isinstance(arguments, Arguments):  # else the data alone is spoken of
+        revision, is_trusted = arguments.model_revision, arguments.trust_remote_code
+
+    def load(name: str) -> PreTrainedTokenizerBase:
+        return load_tokenizer(
+            name,
+            revision=revision if name == source else None,
+            trust_remote_code=is_trusted,
+            special_tokens=arguments.special_tokens,
+        )
+
+    return load
+
+
+def load_if_given(
+    name: str | None, *, has_train: bool, load: Callable[[str], PreTrainedTokenizerBase]
+) -> PreTrainedTokenizerBase | None:
     """The tokenizer of that name; None for a kind that is made here, from training data or not.
+
+    Args:
+        load: `tokenizer_loader` of the settings.
 
     Raises:
         DataError: it cannot be loaded, or is made from training data, and there is none.
@@ -281,7 +316,7 @@ def load_if_given(name: str | None, *, has_train: bool) -> PreTrainedTokenizerBa
             " or bpe to make one from the training data; or give model_name_or_path."
         )
     if name not in TRAINED_KINDS:
-        return load_tokenizer(name)
+        return load(name)
     if not has_train and name != "byte":
         raise DataError(
             f"tokenizer_name {name!r} is made from training data, and there is none. Name the"

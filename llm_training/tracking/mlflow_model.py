@@ -153,6 +153,8 @@ def why_not_a_model(folder: Path) -> str:
         return "it has no config.json, as an adapter alone has none"
     if not config.get("architectures"):
         return "its config.json names no architecture"
+    if "auto_map" in config:
+        return "it needs Python code of its own, which MLflow would have to run"
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return "it has no tokenizer, without which MLflow's models take no text"
     return ""

@@ -26,11 +26,12 @@ from transformers import GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedMo
 
 from arguments import Arguments, BatchSizes
 from llm_training import export
+from llm_training.causal_lm import CausalLMWithLoss
 from llm_training.data.tokens.tokenizers import train_tokenizer
 from llm_training.export import ExportError, export_model
 from llm_training.launch import build_accelerator
 from llm_training.launch_settings import read_launch_settings
-from llm_training.modeling import CausalLMWithLoss, build_model
+from llm_training.modeling import build_model
 from llm_training.ranks import leave
 from llm_training.updates import backward, finish_step
 from tests.continuations import continue_text

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Say = Callable[[str], None]
+Load = Callable[[str], "PreTrainedTokenizerBase"]
 # So many ids tell uint32 from uint16.
 _IDS_LOOKED_AT = 4096
 _FEWEST_IDS = 64
@@ -58,6 +59,7 @@ def prepare_bin_files(
     tokenizer: PreTrainedTokenizerBase | None = None,
     cache_dir: Path,
     say: Say,
+    load: Load = load_tokenizer,
 ) -> PreparedData:
     """Opens token files (`.bin`, `.npy`) in place; nothing is copied.
 
@@ -67,6 +69,7 @@ def prepare_bin_files(
 
     Args:
         tokenizer: of the run that the files are validated in, where they say nothing of theirs.
+        load: opens the tokenizer of a name.
 
     Raises:
         DataError: a file is no token file, or holds an id that the vocabulary said beside it or
@@ -81,7 +84,7 @@ def prepare_bin_files(
     claims = {split: read_claims(path) for split, path in paths.items()}
     first = next(iter(paths))
     tokenizer = (
-        _find_tokenizer(paths[first], claims[first], tokenizer_name, tokenizer_source, say)
+        _find_tokenizer(paths[first], claims[first], tokenizer_name, tokenizer_source, say, load)
         or tokenizer
     )
     scan = _remembered_scan(cache_dir, say)
@@ -139,23 +142,28 @@ def _only_file(files: Sequence[SourceFile], argument: str) -> Path | None:
 
 
 def _find_tokenizer(
-    path: Path, claims: Claims | None, name: str | None, source: str | None, say: Say
+    path: Path,
+    claims: Claims | None,
+    name: str | None,
+    source: str | None,
+    say: Say,
+    load: Load,
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer asked for, else what the files beside give, else the model's, else none."""
     if name is not None:
-        return load_tokenizer(name)
+        return load(name)
     if claims is None:
         meta = read_meta(path.parent)
         if meta is not None and (folder := path.parent / meta.tokenizer["folder"]).is_dir():
-            return load_tokenizer(str(folder))
+            return load(str(folder))
     elif claims.tokens:
         return _char_tokenizer(claims.tokens, claims.said_by, say)
     elif claims.tokenizer in TRAINED_KINDS:
         # It was made from text that is not here, and the model's is another one.
         return None
-    elif found := _try_tokenizer(claims.tokenizer, say):
+    elif found := _try_tokenizer(claims.tokenizer, say, load):
         return found
-    return _try_tokenizer(source, say)
+    return _try_tokenizer(source, say, load)
 
 
 def _char_tokenizer(
@@ -169,11 +177,11 @@ def _char_tokenizer(
     return tokenizer
 
 
-def _try_tokenizer(name: str | None, say: Say) -> PreTrainedTokenizerBase | None:
+def _try_tokenizer(name: str | None, say: Say, load: Load) -> PreTrainedTokenizerBase | None:
     if name is None:
         return None
     try:
-        return load_tokenizer(name)
+        return load(name)
     # The model may well be a folder without one, and training on ids needs none.
     except DataError as error:
         say(f"No tokenizer: {error}")

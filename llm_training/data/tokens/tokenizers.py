@@ -23,8 +23,20 @@ UNKNOWN = "<unk>"
 SMALLEST_BPE = 257
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local folder or hub id; code that comes with it is never run.
+def load_tokenizer(
+    name: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    special_tokens: Sequence[str] = (),
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder or hub id.
+
+    Args:
+        name: of the folder, or on the hub.
+        revision: branch, tag or commit of a hub id; None: its newest state.
+        trust_remote_code: whether code that comes with it may run. Nobody is asked.
+        special_tokens: that it shall have; those it lacks get the ids after all others.
 
     Raises:
         DataError: it cannot be found or opened, is empty, or has no end-of-text token.
@@ -35,17 +47,41 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     _refuse_missing_folder(name, folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            str(folder) if folder.is_dir() else name, trust_remote_code=False
+            str(folder) if folder.is_dir() else name,
+            trust_remote_code=trust_remote_code,
+            **({} if revision is None else {"revision": revision}),
         )
     # The library raises whatever its parts raise.
     except Exception as error:
-        raise DataError(
-            f"Tokenizer {name!r} cannot be loaded: {one_line(error)} Give a local folder that"
-            " holds one, a hub id while a hub is reachable (or its files are in the local cache),"
-            " or char, byte or bpe to make one from the training data."
-        ) from error
+        raise DataError(_cannot_load(name, revision, trust_remote_code, error)) from error
     _check_usable(tokenizer, name)
+    add_special_tokens(tokenizer, special_tokens)
     return tokenizer
+
+
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
+    """Makes special tokens of `texts`, where they are none yet, with ids after all others."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    added = [
+        AddedToken(text, special=True, normalized=False) for text in texts if text not in special
+    ]
+    if added:
+        tokenizer.add_tokens(added, special_tokens=True)
+
+
+def _cannot_load(name: str, revision: str | None, is_trusted: bool, error: Exception) -> str:
+    told, state = one_line(error), "" if revision is None else f" at revision {revision}"
+    if not is_trusted and "trust_remote_code" in told:
+        return (
+            f"Tokenizer {name!r} needs Python code that it brings along, and such code may do"
+            " anything on this machine. Read it; then allow it with --trust_remote_code, or name"
+            " another tokenizer."
+        )
+    return (
+        f"Tokenizer {name!r}{state} cannot be loaded: {told} Give a local folder that"
+        " holds one, a hub id while a hub is reachable (or its files are in the local cache),"
+        " or char, byte or bpe to make one from the training data."
+    )
 
 
 def _refuse_missing_folder(name: str, folder: Path) -> None:
@@ -111,9 +147,7 @@ def train_tokenizer(
         unk_token=UNKNOWN if kind == "char" else None,
         clean_up_tokenization_spaces=False,
     )
-    if special_tokens:
-        added = [AddedToken(text, special=True, normalized=False) for text in special_tokens]
-        tokenizer.add_tokens(added, special_tokens=True)
+    add_special_tokens(tokenizer, special_tokens)
     return tokenizer
 
 
