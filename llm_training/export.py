@@ -37,6 +37,7 @@ from llm_training.export_checks import (
     ties,
     weights_in_files,
 )
+from llm_training.frozen_dtype import hold_alike
 from llm_training.lora import (
     Adapters,
     adapters_of,
@@ -252,8 +253,14 @@ def _plain_twin(network: PreTrainedModel) -> PreTrainedModel:
     # In this form the configuration does not say how the model is split over ranks.
     config = type(network.config).from_dict(network.config.to_dict())
     config.get_text_config().vocab_size = num_tokens_of(network)
+    if network.is_remote_code():
+        config.name_or_path = network.config.name_or_path  # where its code lies
+    elif hasattr(config, "auto_map"):
+        del config.auto_map  # names code that did not run, and will not lie beside what is written
     with torch.device("meta"):
-        plain: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        plain: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=network.is_remote_code()
+        )
     plain.generation_config = network.generation_config
     if hasattr(network, "_weight_conversions"):  # how the names in the files it came from differ
         plain._weight_conversions = network._weight_conversions
@@ -283,6 +290,7 @@ def _open(
             local_files_only=True,
             attn_implementation=kernel,
             output_loading_info=True,
+            trust_remote_code=network.is_remote_code(),  # it ran already
             dtype=torch.float32,  # also of a base that adapters are opened with
         )
     opened: PreTrainedModel = found[0]
@@ -290,6 +298,7 @@ def _open(
         if names := found[1][kind]:
             raise ExportError(f"opened again, it has {kind}: {listed(map(str, names))}.")
     opened.to(device)
+    hold_alike(opened, network)
     return opened.eval()
 
 

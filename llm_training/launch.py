@@ -209,6 +209,8 @@ def check_launch(
 def quiet_libraries() -> None:
     """Keeps what other packages say of their own inner life off the console."""
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # tied weights, each save
+    # Of kernels for generating text, as soon as peft finds the package.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     transformers.logging.disable_progress_bar()
     # Sharding backends call torch's exchanges by their old names, once a step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

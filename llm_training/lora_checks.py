@@ -1,4 +1,7 @@
-"""What is wrong with the arguments of adapters (LoRA), before anything slow is imported."""
+"""What is wrong with the arguments of adapters (LoRA), and of the weights that stay beside them.
+
+Known before anything slow is imported.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import os
 from collections.abc import Iterator
 
 from arguments import Arguments, LoraArguments
+from llm_training.hardware_checks import is_installed
 from llm_training.launch_settings import LaunchSettings
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -17,6 +21,7 @@ ALL_LINEAR = "all-linear"
 def lora_problems(arguments: Arguments, launch: LaunchSettings) -> Iterator[str]:
     """What is at odds between adapters, the model, the optimizer and the launch."""
     yield from _base_problems(arguments)
+    yield from _frozen_problems(arguments, launch)
     if arguments.lora_rank is None:
         yield from _idle_problems(arguments)
         return
@@ -43,6 +48,61 @@ def lora_problems(arguments: Arguments, launch: LaunchSettings) -> Iterator[str]
         yield (
             f"{rank} and parallelism_config_tp_size={launch.tp_size} exclude each other: adapters"
             " would have to be cut as the plan cuts the matrices; use fsdp.yaml or ddp.yaml"
+        )
+
+
+def _frozen_problems(arguments: Arguments, launch: LaunchSettings) -> Iterator[str]:
+    """What is at odds with the type in which frozen matrices are held."""
+    asked, precision = arguments.frozen_dtype, arguments.mixed_precision
+    if asked == "float32":
+        return
+    given = f"frozen_dtype={asked}"
+    if asked == "nf4":
+        yield from _four_bit_problems(arguments, launch)
+        return
+    if arguments.lora_rank is None and not arguments.freeze_parameters:
+        yield (
+            f"{given} has no effect: every weight is trained, and those are held in float32; drop"
+            " it (mixed_precision=bf16 computes in bf16), or give lora_rank or freeze_parameters"
+        )
+    if precision not in ("auto", "bf16"):
+        yield (
+            f"{given} and mixed_precision={precision} exclude each other: matrices in bfloat16 are"
+            " multiplied in bfloat16; use mixed_precision=bf16, or frozen_dtype=float32"
+        )
+    if launch.tp_size > 1:
+        yield (
+            f"{given} and parallelism_config_tp_size={launch.tp_size} exclude each other: the plan"
+            " cuts matrices in float32; use fsdp.yaml or ddp.yaml, or frozen_dtype=float32"
+        )
+
+
+def _four_bit_problems(arguments: Arguments, launch: LaunchSettings) -> Iterator[str]:
+    given = "frozen_dtype=nf4"
+    if arguments.lora_rank is None:
+        yield f"{given} needs lora_rank: what is held in 4 bits cannot be trained, adapters can"
+    elif not is_installed("bitsandbytes"):
+        yield f"{given} needs a package: pip install bitsandbytes, or use frozen_dtype=bfloat16"
+    if arguments.use_dora:
+        yield (
+            f"{given} and use_dora=true exclude each other: DoRA looks into the matrix itself,"
+            " which is packed; drop one of them"
+        )
+    if arguments.merge_adapter:
+        yield (
+            f"{given} and merge_adapter=true exclude each other: adapters are added to whole"
+            " matrices. Train without merge_adapter; then start the same command with it and"
+            " frozen_dtype=float32, which adds them to the weights as they were stored: its outputs"
+            " differ a little from those that were trained"
+        )
+    is_cut = {
+        f"the launcher's {launch.backend}": launch.backend in ("fsdp", "deepspeed"),
+        f"parallelism_config_tp_size={launch.tp_size}": launch.tp_size > 1,
+    }
+    for what in (text for text, applies in is_cut.items() if applies):
+        yield (
+            f"{given} and {what} exclude each other: packed matrices are not cut in pieces; use"
+            " ddp.yaml, or frozen_dtype=bfloat16"
         )
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from arguments import Arguments, BatchSizes
 from llm_training.footprint import Backend, format_bytes, frozen_bytes, state_parts
+from llm_training.frozen_dtype import held_bytes
 from llm_training.launch_settings import LaunchSettings
 from llm_training.optim import block_matrices, split_by_decay
 from llm_training.traced_memory import Outline, Passes, TracedBytes, TraceError
@@ -81,8 +82,7 @@ def estimate_memory(
     accumulates = batch.accumulation > 1
     is_cut = backend in ("fsdp", "zero3") and launch.tp_size == 1
     num_pieces = max(launch.num_processes, launch.tp_size)
-    frozen = _count([p for p in model.parameters() if not p.requires_grad])
-    frozen_weights = frozen * frozen_bytes(backend, num_pieces, is_half=half is not None)
+    frozen_weights = _frozen_bytes(model, backend, num_pieces, is_half=half is not None)
     state = state_parts(
         backend,
         num_pieces,
@@ -177,6 +177,14 @@ def optimizer_bytes(model: nn.Module, optim: str) -> float:
 
 def _count(parameters: list[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
+
+
+def _frozen_bytes(model: nn.Module, backend: Backend, num_pieces: int, *, is_half: bool) -> float:
+    """What this process holds of weights that are not trained."""
+    per_parameter = frozen_bytes(backend, num_pieces, is_half=is_half)
+    if backend in ("zero1", "zero2", "zero3"):  # in the engine's type, whatever the model's is
+        return per_parameter * _count([p for p in model.parameters() if not p.requires_grad])
+    return per_parameter / 4 * held_bytes(model)  # of a number in float32
 
 
 def gathered_parameters(model: nn.Module) -> int:

@@ -9,21 +9,24 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from arguments import Arguments, BatchSizes
 from llm_training.argument_checks import masks_documents
+from llm_training.causal_lm import CausalLMWithLoss
 from llm_training.compiling import keep_compiled_code
 from llm_training.cpu_dropout import speed_up_dropout
 from llm_training.cpu_speed import fast_path_line, fuse_gelu, keep_memory_warm
 from llm_training.float8 import Float8Error, use_float8
+from llm_training.frozen_dtype import FrozenDtypeError, hold_frozen
 from llm_training.gpu_speed import Kernel, LigerError, choose_attention, set_tf32, use_liger_kernel
 from llm_training.launch_settings import LaunchSettings
 from llm_training.lora import LoraError, add_adapters
 from llm_training.modeling import (
-    CausalLMWithLoss,
     ModelError,
     build_model,
     check_row_split,
     choose_chunked_loss,
     fit_vocab,
 )
+from llm_training.neftune import add_embedding_noise
+from llm_training.parameter_patterns import PatternError, freeze_parameters, rate_lines
 from llm_training.reporting import precision_name
 
 
@@ -48,9 +51,24 @@ def build_network(
     is_fast_path = device_type == "cpu" and arguments.cpu_fast_path
     memory = keep_memory_warm() if is_fast_path else ""
     with_kernel = dataclasses.replace(arguments, attn_implementation=kernel)
-    model = build_model(config, with_kernel, tp_size=launch.tp_size)
-    vocab_lines = fit_vocab(model, arguments, tp_size=launch.tp_size)
-    lora_lines = put_adapters(model, arguments)
+    vocab_lines: list[str] = []
+    model = build_model(
+        config,
+        with_kernel,
+        tp_size=launch.tp_size,
+        device_type=device_type,
+        say=vocab_lines.append,
+    )
+    vocab_lines += fit_vocab(model, arguments, tp_size=launch.tp_size)
+    is_zero = launch.backend == "deepspeed"
+    frozen_type = precision_name(accelerator) if is_zero else "fp32"
+    tuned_lines = choose_trained(model, arguments, frozen_type)
+    try:
+        tuned_lines += hold_frozen(
+            model, arguments, precision=precision_name(accelerator), device_type=device_type
+        )
+    except FrozenDtypeError as error:
+        raise ModelError(str(error)) from error
     check_row_split(model, block_size, launch.cp_size)
     rows_at_once = max(batch.per_device, arguments.per_device_eval_batch_size or 0)
     is_chunked, lines = choose_chunked_loss(
@@ -70,20 +88,30 @@ def build_network(
     if arguments.torch_compile:
         scope = arguments.torch_compile_scope
         lines = [keep_compiled_code(arguments.cache_dir, scope), *lines]
-    network = CausalLMWithLoss(model, chunked_loss=is_chunked)
+    network = CausalLMWithLoss(
+        model, chunked_loss=is_chunked, label_smoothing=arguments.label_smoothing_factor
+    )
+    tuned_lines += add_embedding_noise(
+        network, arguments.neftune_noise_alpha, num_parts=launch.cp_size
+    )
     gpu_lines += kernel_lines + speed_up(accelerator, arguments, network)
-    return network, [*lora_lines, *gpu_lines, *vocab_lines, *lines]
+    return network, [*tuned_lines, *gpu_lines, *vocab_lines, *lines]
 
 
-def put_adapters(model: PreTrainedModel, arguments: Arguments) -> list[str]:
-    """`add_adapters` where they are asked for; returns what the log says of them.
+def choose_trained(model: PreTrainedModel, arguments: Arguments, frozen_type: str) -> list[str]:
+    """Adapters, frozen parameters and rates as they are asked for; returns what the log says.
+
+    Args:
+        frozen_type: in which the backend holds what is not trained: fp32, bf16 or fp16.
 
     Raises:
-        ModelError: the model has no place for them.
+        ModelError: the model has no place for them, or no parameters of these names.
     """
     try:
-        return add_adapters(model, arguments)
-    except LoraError as error:
+        lines = add_adapters(model, arguments)
+        lines += freeze_parameters(model, arguments, held_in=frozen_type)
+        return lines + rate_lines(model, arguments)
+    except (LoraError, PatternError) as error:
         raise ModelError(str(error)) from error
 
 

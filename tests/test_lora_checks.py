@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from arguments import Arguments
+from llm_training import lora_checks
 from llm_training.launch_settings import LaunchSettings
 from llm_training.lora_checks import lora_problems
 
@@ -58,3 +59,80 @@ def test_an_adapter_is_no_model_to_begin_with(rank: int | None, tmp_path: Path) 
     assert "is an adapter for someone/model" in problem and "merge_adapter" in problem
     (tmp_path / "config.json").write_text("{}")
     assert problems(model_name_or_path=str(tmp_path), lora_rank=rank) == []
+
+
+# ------------------------------------------------------------------------------- frozen matrices
+
+
+@pytest.fixture
+def has_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora_checks, "is_installed", lambda package: package == "bitsandbytes")
+
+
+def test_good_settings_of_frozen_matrices_have_no_problem(has_package: None) -> None:
+    for precision in ("auto", "bf16"):
+        changes = {"frozen_dtype": "bfloat16", "mixed_precision": precision}
+        assert problems(lora_rank=8, **changes) == []
+        assert problems(freeze_parameters=["*.h.*"], **changes) == []
+        for backend in ("ddp", "fsdp", "deepspeed"):
+            launch = LaunchSettings(backend, num_processes=2)
+            assert problems(launch, lora_rank=8, merge_adapter=True, **changes) == []
+    for precision in ("auto", "bf16", "fp32"):
+        ddp = LaunchSettings("ddp", num_processes=2)
+        assert problems(ddp, lora_rank=8, frozen_dtype="nf4", mixed_precision=precision) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"frozen_dtype": "bfloat16"},
+            ["has no effect: every weight is trained", "give lora_rank or freeze_parameters"],
+        ),
+        (
+            {"frozen_dtype": "bfloat16", "lora_rank": 8, "mixed_precision": "fp32"},
+            ["mixed_precision=fp32", "use mixed_precision=bf16"],
+        ),
+        (
+            {"frozen_dtype": "bfloat16", "lora_rank": 8, "mixed_precision": "fp16"},
+            ["mixed_precision=fp16", "use mixed_precision=bf16"],
+        ),
+        ({"frozen_dtype": "nf4"}, ["frozen_dtype=nf4 needs lora_rank", "adapters can"]),
+        (
+            {"frozen_dtype": "nf4", "freeze_parameters": ["*.h.*"]},
+            ["frozen_dtype=nf4 needs lora_rank"],
+        ),
+        (
+            {"frozen_dtype": "nf4", "lora_rank": 8, "use_dora": True},
+            ["use_dora=true exclude each other"],
+        ),
+        (
+            {"frozen_dtype": "nf4", "lora_rank": 8, "merge_adapter": True},
+            ["merge_adapter=true exclude each other", "frozen_dtype=float32"],
+        ),
+    ],
+)
+def test_what_frozen_matrices_exclude(
+    settings: dict[str, Any], words: list[str], has_package: None
+) -> None:
+    (problem,) = problems(**settings)
+    assert all(word in problem for word in words), problem
+
+
+def test_launches_that_cut_matrices_are_excluded(has_package: None) -> None:
+    for backend in ("fsdp", "deepspeed"):
+        launch = LaunchSettings(backend, num_processes=2)
+        (problem,) = problems(launch, lora_rank=8, frozen_dtype="nf4")
+        assert f"the launcher's {backend} exclude each other" in problem and "ddp.yaml" in problem
+    (problem,) = problems(
+        LaunchSettings(tp_size=2), freeze_parameters=["*.h.*"], frozen_dtype="bfloat16"
+    )
+    assert "tp_size=2 exclude each other" in problem and "fsdp.yaml" in problem
+    (problem, _) = problems(LaunchSettings(tp_size=2), lora_rank=8, frozen_dtype="nf4")
+    assert "tp_size=2 exclude each other" in problem and "ddp.yaml" in problem
+
+
+def test_a_missing_package_is_told_with_what_else_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora_checks, "is_installed", lambda package: False)
+    (problem,) = problems(lora_rank=8, frozen_dtype="nf4")
+    assert "pip install bitsandbytes" in problem and "frozen_dtype=bfloat16" in problem

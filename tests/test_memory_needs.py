@@ -7,7 +7,8 @@ a run (the first makes the moments), and the sizes of weights and moments.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -59,6 +60,13 @@ def settings(kind: str, **changes: Any) -> Arguments:
     return Arguments(**(values | changes))
 
 
+def stand_in_for(arguments: Arguments) -> Accelerator:
+    """What a network asks of an Accelerator; a real one keeps the precision of the first."""
+    precision = {"fp32": "no"}.get(arguments.mixed_precision, arguments.mixed_precision)
+    found = SimpleNamespace(device=torch.device("cpu"), mixed_precision=precision)
+    return cast(Accelerator, found)
+
+
 def build_for(arguments: Arguments, accelerator: Accelerator) -> Callable[..., nn.Module]:
     batch = resolve_batch_sizes(arguments, 1)
 
@@ -71,9 +79,8 @@ def build_for(arguments: Arguments, accelerator: Accelerator) -> Callable[..., n
 def computed(
     arguments: Arguments, launch: LaunchSettings = ALONE, *, document_mask: bool = False
 ) -> MemoryNeed:
-    accelerator = Accelerator(cpu=True)
     config = load_config(arguments, None)
-    build = build_for(arguments, accelerator)
+    build = build_for(arguments, stand_in_for(arguments))
     return estimate_memory(
         outline_of(build, arguments, launch, config, "cpu"),
         arguments,
@@ -87,9 +94,9 @@ def computed(
 
 def measured(arguments: Arguments, *, document_mask: bool = False) -> int:
     """Bytes at the peak of a step."""
-    accelerator = Accelerator(cpu=True)
     batch = resolve_batch_sizes(arguments, 1)
-    network = build_for(arguments, accelerator)(arguments, ALONE, load_config(arguments, None))
+    build = build_for(arguments, stand_in_for(arguments))
+    network = build(arguments, ALONE, load_config(arguments, None))
     optimizer = build_optimizer(network, arguments, "cpu")
     rows = make_rows(batch, document_mask=document_mask)
     step(network, optimizer, rows, batch, arguments)
@@ -147,6 +154,17 @@ def peak_of(profiler: profile) -> int:
         ("llama", {"gradient_checkpointing": True, "chunked_loss": True}),
         ("llama", {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
         ("llama", {"per_device_train_batch_size": 1}),
+        ("llama", {"mixed_precision": "bf16", "lora_rank": 4}),
+        ("llama", {"mixed_precision": "bf16", "lora_rank": 4, "frozen_dtype": "bfloat16"}),
+        (
+            "gpt2",
+            {
+                "mixed_precision": "bf16",
+                "lora_rank": 4,
+                "frozen_dtype": "bfloat16",
+                "per_device_train_batch_size": 1,
+            },
+        ),
     ],
 )
 def test_a_step_takes_what_was_told(kind: str, changes: dict[str, Any]) -> None:

@@ -22,17 +22,23 @@ resume = train_llm.resume
 
 def finish(words: list[str]) -> dict[str, Any]:
     """A run to its end: its curve, and which of the base's weights are not as in its file."""
-    built: list[Run] = []
-    with patch.object(train_llm, "resume", lambda run: (built.append(run), resume(run))):
+    built: list[tuple[Run, int]] = []
+
+    def note(run: Run) -> None:  # before a step: whole copies of 16 bits stay after one
+        num_half = sum(p.dtype == torch.bfloat16 for p in run.model.parameters())
+        built.append((run, num_half))
+        resume(run)
+
+    with patch.object(train_llm, "resume", note):
         curve = resume_worker.train(words)
-    (run,) = built
+    ((run, num_half),) = built
     found = gather_weights(run.model, keep=True)
     before = load_file(Path(str(run.arguments.model_name_or_path)) / "model.safetensors")
     plain = {name.replace(".base_layer.", "."): tensor for name, tensor in found.items()}
     changed = [name for name in before if not torch.equal(before[name], plain[name])]
     moved = [name for name in plain if ".lora_B." in name and plain[name].any()]
     export(run, run.output.final)
-    return {**curve, "changed": changed, "num_moved": len(moved)}
+    return {**curve, "changed": changed, "num_moved": len(moved), "num_half": num_half}
 
 
 resume_worker.ACTIONS["finish"] = finish

@@ -15,8 +15,8 @@ from torch import nn
 
 import train_llm
 from arguments import OptimizationArguments
+from llm_training.causal_lm import CausalLMWithLoss
 from llm_training.checkpoint_comparison import compare_checkpoints
-from llm_training.modeling import CausalLMWithLoss
 from llm_training.optim import build_optimizer
 from llm_training.ranks import RankError
 from tests.small_runs import curve, open_place, read_log, train_small, weights
