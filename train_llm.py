@@ -49,6 +49,8 @@ from llm_training.dry_run import dry_run
 from llm_training.evaluate_only import evaluate_only
 from llm_training.export import ExportError
 from llm_training.health import UnhealthyError
+from llm_training.hub import command_for, open_for_run
+from llm_training.hub_client import HubError, Repository
 from llm_training.judging import evaluate_and_log
 from llm_training.launch import LaunchError, seed_everything
 from llm_training.losses import count_predicted_tokens
@@ -59,6 +61,7 @@ from llm_training.milestones import (
     draw_plots,
     export,
     log_progress,
+    publish_model,
     review_length,
     save,
     write_card,
@@ -103,6 +106,7 @@ EXPECTED_ERRORS = (
     DataError,
     DocumentMaskError,
     ExportError,
+    HubError,
     LaunchError,
     MetricError,
     ModelError,
@@ -136,6 +140,7 @@ def run_and_tell(arguments: Arguments, request: StopRequest) -> int:
     try:
         if arguments.dry_run:
             plan = dry_run(arguments, request)
+            open_for_run(arguments)
             if arguments.dry_run_steps:
                 run_trial(arguments, request, plan, train)
         elif arguments.eval_only:
@@ -169,11 +174,12 @@ def run_training(arguments: Arguments, request: StopRequest) -> None:
         return
     is_first = os.environ.get("RANK", "0") == "0"
     with output.lock() if is_first else nullcontext():
+        repository = open_for_run(arguments)  # before hours of training
         run = build_run(arguments, output, request)
         with tracked(run):
             resume(run)
             train(run)
-            finish(run)
+            finish(run, repository)
 
 
 def is_finished(output: OutputFolder, arguments: Arguments) -> bool:
@@ -187,6 +193,8 @@ def is_finished(output: OutputFolder, arguments: Arguments) -> bool:
         if is_untold(output.path):
             command = f"python -m llm_training.tracking sync {output.path}"
             print(f"A kill kept MLflow from hearing how it ended; this sends it: {command}")
+        if arguments.push_to_hub and not result.get("hub"):
+            print(f"It is not on the hub yet; this sends it: {command_for(output.path)}")
         print("Nothing was changed. To train anew, give another --run_name or --output_dir.")
     return True
 
@@ -409,8 +417,8 @@ def tracked(run: Run) -> Iterator[None]:
     run.tracking.finish("FINISHED", [*output.artifacts(), output.result])
 
 
-def finish(run: Run) -> None:
-    """Exports the model, lets it speak, and says how the run ended."""
+def finish(run: Run, repository: Repository | None) -> None:
+    """Exports the model, lets it speak, publishes it, and says how the run ended."""
     accelerator, state = run.accelerator, run.state
     for line in run.windows.account_lines():
         run.tracking.say(line)
@@ -434,6 +442,7 @@ def finish(run: Run) -> None:
     draw_plots(run)
     if run.arguments.log_model or run.arguments.register_model:
         run.tracking.log_model(run.output.final, run.arguments.register_model)
+    publish_model(run, repository, result)
     accelerator.print("\n".join(summary_lines(result)), flush=True)
 
 

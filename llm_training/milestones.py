@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from llm_training.checkpointing import SaveError
 from llm_training.deadline import OPEN_STEPS, Pauses, Readings
 from llm_training.export import export_model
+from llm_training.hub import publish
+from llm_training.hub_client import Repository
 from llm_training.ranks import sum_over_ranks, tensor_parallel_size
 from llm_training.run import Run, make_plan_anew
 from llm_training.tracking import progress_line
@@ -94,6 +97,15 @@ def write_card(run: Run, folder: Path) -> None:
             except Exception as error:  # the model is worth more
                 told = f"{type(error).__name__}: {error}"
                 run.tracking.say(f"WARNING: {folder} has no model card ({told})")
+
+
+def publish_model(run: Run, repository: Repository | None, result: dict[str, Any]) -> None:
+    """Uploads final/ to the hub and notes where; rank 0 alone has a repository to give."""
+    if repository is not None:
+        output = run.output
+        say, request = run.tracking.say, run.request
+        result["hub"] = publish(output, repository, say, lambda: request.reason)
+        output.write_result(result)
 
 
 def draw_plots(run: Run) -> None:

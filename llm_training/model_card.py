@@ -337,6 +337,10 @@ def limit_lines(
         )
     if not ledger.get("leakage"):
         lines.append("- What validation and training have in common was not counted.")
+    lines.append(
+        "- No license is stated: whoever publishes this chooses one that its data and, where there"
+        " is one, its base allow, and writes it as `license:` at the head of this file."
+    )
     return lines
 
 

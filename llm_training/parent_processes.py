@@ -268,6 +268,9 @@ def short_run_settings(arguments: Arguments, output_dir: Path, num_steps: int) -
         "report_to": ["none"],
         "verify_resume": None,  # the children train
         "find_batch_size": False,
+        "push_to_hub": False,
+        "hub_model_id": None,
+        "hub_private_repo": True,
     }
 
 
