@@ -95,6 +95,18 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 
+def add_end_token(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token: int | None
+) -> None:
+    """Adds to the tokens that end a text of this model; None adds nothing.
+
+    They are saved with the model (generation_config.json), and whatever serves it goes by them.
+    """
+    if token is not None and model.generation_config is not None:
+        ends = dict.fromkeys([*end_tokens(model, tokenizer), token])
+        model.generation_config.eos_token_id = list(ends) if len(ends) > 1 else token
+
+
 def text_after(tokenizer: PreTrainedTokenizerBase, ids: list[int], new: list[int]) -> str:
     """What the tokens `new` add to the text of `ids`: some tokenizers write a token by its place.
 

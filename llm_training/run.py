@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from arguments import Arguments, BatchSizes, resolve_batch_sizes
+from llm_training.causal_lm import CausalLMWithLoss
 from llm_training.checkpointing import Checkpoint, CheckpointFolder, agree_on_checkpoint
 from llm_training.compiling import mark_graph_steps
 from llm_training.control_files import ControlFiles
@@ -27,7 +28,7 @@ from llm_training.flops import utilization
 from llm_training.health import HealthMonitor, HealthState, Verdict
 from llm_training.launch import build_accelerator, seed_everything
 from llm_training.launch_settings import LaunchSettings, read_launch_settings
-from llm_training.modeling import CausalLMWithLoss, model_fingerprint
+from llm_training.modeling import model_fingerprint
 from llm_training.needs import estimate_needs
 from llm_training.network import build_network
 from llm_training.optim import build_optimizer, check_optimizer
@@ -49,6 +50,7 @@ from llm_training.run_data import (
     build_token_bytes,
     build_validation,
     build_windows,
+    end_at_turns,
     try_document_mask,
 )
 from llm_training.run_record import record_of_run
@@ -158,6 +160,7 @@ def build_run(
     windows, data_mark = build_windows(arguments, accelerator, data, plan, state)
     request.check()
     network, form_lines = build_network(accelerator, arguments, launch, config, batch, block_size)
+    end_at_turns(arguments, data, network.model)
     optimizer = build_optimizer(network, arguments, accelerator.device.type)
     facts = provenance(accelerator, data, network, block_size)
     checkpoints = CheckpointFolder(

@@ -8,10 +8,12 @@ import numpy as np
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
-from arguments import Arguments, BatchSizes
+from arguments import Arguments, BatchSizes, holds_conversations, mixture_sources
+from llm_training.causal_lm import CausalLMWithLoss
 from llm_training.data import PreparedData, prepare_data
+from llm_training.data.documents.chat_templates import end_of_turn
 from llm_training.data.rows.ahead import Windows, prepare_for_device
 from llm_training.data.rows.store_rows import Rows
 from llm_training.data.rows.windows import (
@@ -22,8 +24,9 @@ from llm_training.data.rows.windows import (
 from llm_training.data.tokens.token_bytes import bytes_per_token
 from llm_training.document_mask import check_document_mask
 from llm_training.evaluation_checks import own_name
+from llm_training.generation import add_end_token
 from llm_training.metrics import MetricError, check_metrics
-from llm_training.modeling import CausalLMWithLoss, fit_config, load_config
+from llm_training.modeling import fit_config, load_config
 from llm_training.planning import Plan
 from llm_training.ranks import data_parallel, local_main_first
 from llm_training.state import TrainState
@@ -50,7 +53,14 @@ def build_data(
     data = local_main_first(accelerator, prepare)
     check()
     config = load_config(arguments, data.tokenizer)
-    block_size = fit_config(config, arguments, data.vocab_size, arguments.block_size)
+    block_size = fit_config(
+        config,
+        arguments,
+        data.vocab_size,
+        arguments.block_size,
+        tokenizer=data.tokenizer,
+        say=say,
+    )
     return data, config, block_size
 
 
@@ -92,6 +102,17 @@ def check_metric_for_best_model(arguments: Arguments, names: Sequence[str]) -> N
             f" measured is called {', '.join(('loss', *names))}. Go by one of these, as"
             " eval/NAME, or of a set eval/SET/NAME."
         )
+
+
+def end_at_turns(arguments: Arguments, data: PreparedData, model: PreTrainedModel) -> None:
+    """Lets a model that is trained on conversations end at what ends an answer in them.
+
+    Many tokenizers have another token for that than for the end of a text.
+    """
+    if data.tokenizer is not None and any(
+        map(holds_conversations, mixture_sources(arguments).values())
+    ):
+        add_end_token(model, data.tokenizer, end_of_turn(data.tokenizer))
 
 
 def build_token_bytes(arguments: Arguments, data: PreparedData) -> NDArray[np.int32] | None:

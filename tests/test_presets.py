@@ -196,7 +196,7 @@ def test_a_preset_repeats_no_default(path: Path) -> None:
 def test_its_commands_have_no_problem_on_the_machine_that_they_are_for(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The text that the user brings and the package for 8 bits are taken as there; no more is."""
+    """What the user brings, an earlier run and the package for 8 bits are taken as there."""
     monkeypatch.chdir(tmp_path)
     find_spec = importlib.util.find_spec
     there = {"bitsandbytes": "json"}
@@ -206,6 +206,9 @@ def test_its_commands_have_no_problem_on_the_machine_that_they_are_for(
     (tmp_path / "train_configs").symlink_to(ROOT / "train_configs")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "shakespeare.txt").write_text(TEXT)
+    make_model(Path("runs/quickstart/final"))
+    for file in ("problems.jsonl", "problems_validation.jsonl"):
+        write_problems(file, 8)
     assert commands(path.stem)
     for words in commands(path.stem):
         launch = launch_of(words)
@@ -349,6 +352,10 @@ def small_data(name: str, settings: dict[str, Any]) -> dict[str, str]:
     if "dataset_name" in settings:
         write_dataset(Path("dataset"))
         flags = {"dataset_name": "./dataset", "dataset_config_name": "null"}
+    elif "prompt_column" in settings:
+        write_problems(settings["train_file"], 40)
+        write_problems(settings["validation_file"], 8)
+        flags = {"chat_template": str(ROOT / settings["chat_template"])}
     elif name != "quick_test":  # whose own text is small and on every machine
         Path("text.txt").write_text(TEXT, encoding="utf-8")
         flags = {"train_file": "text.txt"}
@@ -377,6 +384,12 @@ def write_dataset(folder: Path) -> None:
         ]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def write_problems(file: str, count: int) -> None:
+    rows = [{"question": f"{i} and {i}?", "answer": f"#### {2 * i}"} for i in range(count)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    Path(file).write_text(lines, encoding="utf-8")
 
 
 def make_tokenizer(folder: Path) -> str:

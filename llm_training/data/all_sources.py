@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from arguments import Arguments, mixture_sources
+from arguments import Arguments, holds_conversations, mixture_sources
+from llm_training.data.documents.chat_templates import end_of_turn, load_chat_template
 from llm_training.data.errors import DataError
 from llm_training.data.folders import exclusive, new_folder
 from llm_training.data.leakage import Leakage, find_leakage
@@ -22,7 +23,7 @@ from llm_training.data.prepare import (
 )
 from llm_training.data.prepared import PreparedData
 from llm_training.data.progress import Progress
-from llm_training.data.recipe import Recipe, load_if_given, make_recipe
+from llm_training.data.recipe import Recipe, load_if_given, make_recipe, tokenizer_loader
 from llm_training.data.tokens.token_files import is_token_file
 from llm_training.data.tokens.token_store import TokenStore
 from llm_training.data.tokens.tokenizers import tokenizer_fingerprint, train_tokenizer
@@ -58,8 +59,36 @@ def prepare_data(
         data = _tokenizer_alone(arguments, tokenizer_source)
     else:
         data = prepare_source(arguments, tokenizer_source=tokenizer_source, say=say)
+    write_chat_template(data, arguments, say)
     data = dataclasses.replace(data, validation_sets=prepare_validation_sets(arguments, data, say))
     return _with_leakage(data, arguments, say) if arguments.leakage_report else data
+
+
+def write_chat_template(data: PreparedData, arguments: Arguments, say: Say) -> None:
+    """Gives the tokenizer of the data the template that conversations are trained with.
+
+    The model is saved with it, so that it is asked at inference as it was in training.
+    """
+    sources = {k: own for k, own in mixture_sources(arguments).items() if holds_conversations(own)}
+    if not sources or data.tokenizer is None:
+        return
+    templates = {
+        name: load_chat_template(own.chat_template) or data.tokenizer.chat_template
+        for name, own in sources.items()
+    }
+    first = next(iter(templates))
+    if others := [name for name in templates if templates[name] != templates[first]]:
+        say(
+            f"WARNING: the sources {first} and {', '.join(others)} have different chat templates;"
+            f" the model is saved with that of {first}"
+        )
+    data.tokenizer.chat_template = templates[first]
+    if end_of_turn(data.tokenizer) is None:
+        say(
+            "Chat template: no special token ends a turn of the assistant, so a model stops where"
+            f" it writes {data.tokenizer.eos_token} or not at all; write {{{{ eos_token }}}} behind"
+            " what the assistant says"
+        )
 
 
 def has_only_validation_sets(arguments: Arguments) -> bool:
@@ -116,7 +145,10 @@ def _prepare_beside_stream(
 
 def _tokenizer_alone(arguments: Arguments, tokenizer_source: str | None) -> PreparedData:
     name = arguments.tokenizer_name or tokenizer_source
-    tokenizer = load_if_given(name, has_train=False) or train_tokenizer("byte", (), 0)
+    load = tokenizer_loader(arguments, tokenizer_source)
+    tokenizer = load_if_given(name, has_train=False, load=load) or train_tokenizer(
+        "byte", (), 0, special_tokens=arguments.special_tokens
+    )
     return PreparedData(
         train=None,
         validation=None,

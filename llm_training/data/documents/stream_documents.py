@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llm_training.data.documents.formats import DocumentFormat
 from llm_training.data.documents.sources import EMPTY_DOCUMENT, Document, utf8_length
+from llm_training.data.documents.table_rows import BadRow
 from llm_training.data.errors import DataError, one_line
 from llm_training.data.ledger import Ledger, LeftOut
 
@@ -142,10 +143,10 @@ class DocumentStream:
             if rendered.text:
                 num_bytes = utf8_length(rendered.text, where)
                 return Document(rendered.text, num_bytes, None, where, learned=rendered.learned)
-        except DataError:
+        except DataError as error:
             if not self._skip_bad_documents:
                 raise
-            ledger.leave_out(BAD_DOCUMENT, where)
+            ledger.leave_out(error.reason if isinstance(error, BadRow) else BAD_DOCUMENT, where)
         else:
             ledger.leave_out(EMPTY_DOCUMENT, where)
         return None

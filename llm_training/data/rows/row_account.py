@@ -18,9 +18,12 @@ class RowAccount:
         document_starts: under a document mask, the first tokens of further documents in a row.
         not_learned: tokens of conversations that are only read.
         truncated: tokens of conversations beyond a row.
-        dropped: tokens of conversations with nothing learned within a row.
+        dropped: tokens of rows, or of conversations within a row, in which nothing is learned.
         leftover: tokens at the end of the stream that fill no row.
-        padding: places in rows that no token stands in; no part of the sum.
+        padding: places in rows that no token stands in; no part of the sum, nor are the following.
+        cut_conversations: conversations that the end of a row cuts.
+        learned_lost: tokens that would be learned among `truncated`.
+        dropped_conversations: conversations of which `dropped` holds all that is in a row.
     """
 
     rows: int = 0
@@ -33,6 +36,9 @@ class RowAccount:
     dropped: int = 0
     leftover: int = 0
     padding: int = 0
+    cut_conversations: int = 0
+    learned_lost: int = 0
+    dropped_conversations: int = 0
 
     @property
     def lost(self) -> dict[str, int]:
@@ -42,7 +48,7 @@ class RowAccount:
             "first in a document": self.document_starts,
             "read but not learned": self.not_learned,
             "truncated": self.truncated,
-            "in conversations without a learned token": self.dropped,
+            "where nothing of a row is learned": self.dropped,
             "left over": self.leftover,
         }
         return {reason: count for reason, count in reasons.items() if count}
@@ -55,5 +61,16 @@ class RowAccount:
         """The account for a person."""
         parts = [f"{self.predicted:,} predicted"]
         parts += [f"{count:,} {reason}" for reason, count in self.lost.items()]
-        padding = f"; {self.padding:,} places are padding" if self.padding else ""
-        return f"{self.tokens:,} tokens = {' + '.join(parts)}{padding}"
+        remarks = [f"{self.padding:,} places are padding"] if self.padding else []
+        if self.cut_conversations:
+            lost = f", {self.learned_lost:,} tokens to be learned are lost by it"
+            remarks.append(
+                f"{self.cut_conversations:,} conversations are cut at the end of a row"
+                f"{lost if self.learned_lost else ''}"
+            )
+        if self.dropped_conversations:
+            remarks.append(
+                f"{self.dropped_conversations:,} conversations are left out, with nothing to be"
+                " learned within a row"
+            )
+        return "; ".join([f"{self.tokens:,} tokens = {' + '.join(parts)}", *remarks])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from functools import cached_property
 from itertools import pairwise
@@ -118,6 +119,8 @@ class _StoreRows(ABC):
 class StreamRows(_StoreRows):
     """All documents end to end, cut every `block_size` tokens.
 
+    Of conversations, rows in which nothing is learned are dropped.
+
     Args:
         store: the tokens.
         block_size: tokens in a row.
@@ -139,20 +142,57 @@ class StreamRows(_StoreRows):
         if keep_last and self.num_leftover_tokens > 1:
             self.num_rows += 1
             self.num_leftover_tokens = 0
+        # The places in the stream of the rows that count. Of text all do, which takes no memory.
+        self._kept: range | NDArray[np.int64] = range(self.num_rows)
+        if store.learned is not None:
+            self._keep_learned(store.learned)
+
+    def _keep_learned(self, learned: NDArray[np.uint8]) -> None:
+        """Drops the rows in which nothing is predicted: they would be computed for nothing."""
+        starts, firsts = self._starts(), self._firsts()
+        counts = sum_runs(learned, starts, self._lengths(starts))
+        np.subtract.at(counts, firsts // self.block_size, learned[firsts])
+        if (counts > 0).all():
+            return
+        self._kept = np.flatnonzero(counts > 0)
+        self.num_rows = len(self._kept)
+        self.marks.append("learned")
+
+    def _starts(self) -> NDArray[np.int64]:
+        """The first token of each row that counts."""
+        return np.asarray(self._kept, np.int64) * self.block_size
+
+    def _lengths(self, starts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The tokens of the rows that begin there."""
+        return np.minimum(self.block_size, self.store.num_tokens - starts)
+
+    def _firsts(self) -> NDArray[np.int64]:
+        """The tokens that nothing stands before: the first of a row or, masked, of a document."""
+        starts = self._starts()
+        if not self.document_mask:
+            return starts
+        used = self.store.num_tokens - self.num_leftover_tokens
+        inner = self._ends[: np.searchsorted(self._ends, used)].astype(np.int64)
+        inner = inner[inner % self.block_size != 0]
+        is_kept = np.isin(inner // self.block_size, starts // self.block_size)
+        return np.concatenate((starts, inner[is_kept]))
 
     @cached_property
     def _ends(self) -> NDArray[np.uint64]:
         assert self.store.ends is not None
         return self.store.ends
 
+    def _span(self, row: int) -> tuple[int, int]:
+        """The tokens [start, stop) of a row."""
+        start = int(self._kept[row]) * self.block_size
+        return start, min(start + self.block_size, self.store.num_tokens)
+
     def runs(self, row: int) -> list[tuple[int, int]]:
-        start = row * self.block_size
-        stop = min(start + self.block_size, self.store.num_tokens)
+        start, stop = self._span(row)
         return self._cut_at_ends(start, stop) if self.document_mask else [(start, stop - start)]
 
     def documents(self, row: int) -> list[int]:
-        start = row * self.block_size
-        stop = min(start + self.block_size, self.store.num_tokens)
+        start, stop = self._span(row)
         is_known = self.store.ends is not None
         return [n for _, n in self._cut_at_ends(start, stop)] if is_known else [stop - start]
 
@@ -162,25 +202,30 @@ class StreamRows(_StoreRows):
         return [(a, b - a) for a, b in pairwise(borders)]
 
     def accounts(self) -> dict[str, RowAccount]:
-        used = self.store.num_tokens - self.num_leftover_tokens
-        starts = np.arange(0, used, self.block_size)
+        starts, firsts = self._starts(), self._firsts()
+        lengths = self._lengths(starts)
+        kept = int(lengths.sum())
         account = RowAccount(
             rows=self.num_rows,
             tokens=self.store.num_tokens,
             row_starts=self.num_rows,
+            document_starts=len(firsts) - self.num_rows,
             leftover=self.num_leftover_tokens,
-            padding=self.num_rows * self.block_size - used,
+            padding=self.num_rows * self.block_size - kept,
         )
-        if self.document_mask:
-            inner = self._ends[: np.searchsorted(self._ends, used)].astype(np.int64)
-            inner = inner[inner % self.block_size != 0]
-            account.document_starts = len(inner)
-            starts = np.concatenate((starts, inner))
         if self.store.learned is not None:
             learned = self.store.learned
-            not_learned = used - int(learned[:used].sum(dtype=np.int64))
-            account.not_learned = not_learned - int((learned[starts] == 0).sum())
+            account.dropped = self.store.num_tokens - self.num_leftover_tokens - kept
+            not_learned = kept - int(sum_runs(learned, starts, lengths).sum())
+            account.not_learned = not_learned - int((learned[firsts] == 0).sum())
+            if self.store.ends is not None:
+                account.cut_conversations = self._count_cut(self.store.ends.astype(np.int64))
         return {"": account.balanced()}
+
+    def _count_cut(self, ends: NDArray[np.int64]) -> int:
+        """How many documents the end of a row cuts."""
+        first = np.concatenate(([0], ends[:-1]))
+        return int((first // self.block_size < (ends - 1) // self.block_size).sum())
 
 
 class PackedRows(_StoreRows):
@@ -200,14 +245,16 @@ class PackedRows(_StoreRows):
         assert store.ends is not None
         is_text = store.learned is None
         starts, lengths = cut_into_segments(store.ends, block_size, keep_tails=is_text)
-        self._num_truncated = store.num_tokens - int(lengths.sum())
-        self._num_dropped = 0
-        self.num_dropped_documents = 0
+        self._lost = RowAccount(truncated=store.num_tokens - int(lengths.sum()))
         if store.learned is not None:
             # The first token of a document is not predicted, learned or not.
             is_kept = sum_runs(store.learned, starts + 1, lengths - 1) > 0
-            self._num_dropped = int(lengths[~is_kept].sum())
-            self.num_dropped_documents = int((~is_kept).sum())
+            self._lost.dropped = int(lengths[~is_kept].sum())
+            self._lost.dropped_conversations = int((~is_kept).sum())
+            tails = store.ends.astype(np.int64) - starts - lengths
+            self._lost.cut_conversations = int((tails > 0).sum())
+            beyond = sum_runs(store.learned, starts + lengths, tails)
+            self._lost.learned_lost = int(beyond.sum())
             starts, lengths = starts[is_kept], lengths[is_kept]
         self.packing: Packing = pack(starts, lengths, block_size)
         self.num_rows = self.packing.num_rows
@@ -221,13 +268,12 @@ class PackedRows(_StoreRows):
         used = int(packing.lengths.sum())
         is_start = np.full(len(packing.starts), self.document_mask)
         is_start[packing.offsets[:-1]] = True
-        account = RowAccount(
+        account = dataclasses.replace(
+            self._lost,
             rows=self.num_rows,
             tokens=self.store.num_tokens,
             row_starts=self.num_rows,
             document_starts=int(is_start.sum()) - self.num_rows,
-            truncated=self._num_truncated,
-            dropped=self._num_dropped,
             padding=self.num_rows * self.block_size - used,
         )
         if self.store.learned is not None:

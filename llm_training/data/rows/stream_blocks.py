@@ -21,7 +21,7 @@ from llm_training.data.errors import DataError
 from llm_training.data.ledger import Ledger
 from llm_training.data.rows.order import sample_rows
 from llm_training.data.rows.row_account import RowAccount
-from llm_training.data.rows.store_rows import Rows
+from llm_training.data.rows.store_rows import Rows, StreamRows
 from llm_training.data.rows.windows import RowSettings
 from llm_training.data.tokens.encoding import TextEncoder
 from llm_training.data.tokens.store_meta import dtype_for
@@ -232,8 +232,8 @@ class BlockReader:
         tokens = gathered.tokens()
         rows = self._settings.rows(tokens)
         carried = _NO_TOKENS
-        if self._settings.packing == "stream":
-            carried = _from(tokens, rows.num_rows * self._settings.block_size)
+        if isinstance(rows, StreamRows):
+            carried = _from(tokens, tokens.num_tokens - rows.num_leftover_tokens)
         end = BlockStart(
             position=start.position + rows.num_rows,
             number=start.number + 1,

@@ -6,6 +6,8 @@ against what was said, and against transformers' own mask where a template has m
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,14 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from llm_training.data.documents.chat import Conversations, load_chat_template, read_messages
+from llm_training.data.documents.chat import NO_ANSWER, NOT_TAKEN, Conversations
+from llm_training.data.documents.chat_templates import end_of_turn, load_chat_template
 from llm_training.data.documents.formats import DocumentFormat
-from llm_training.data.documents.sources import Document
+from llm_training.data.documents.messages import EMPTY_TURN, NO_CONVERSATION, read_messages
+from llm_training.data.documents.sources import Document, TextFiles, find_files
+from llm_training.data.documents.table_rows import BadRow
 from llm_training.data.errors import DataError
+from llm_training.data.ledger import Ledger
 from llm_training.data.tokens.encoding import TextEncoder
 
 EOS = "<|endoftext|>"
@@ -82,7 +88,7 @@ TALKS = [
     say("Hi", "Hello"),
     say("Hi", "Hello there.", "Why?", "Because I can.\n\nIndeed.", system="Be kind."),
     say("Grüße 🤖", "中文 é e\u0301 👩‍🚀", "日本", "🤖"),
-    say("a", "", "", "b"),
+    say("a", "b", "c", "d", system=""),
     say("a", "b", "and then"),
     say("Hi", "Hi", "Hi", "Hi", "Hi", "Hi"),
 ]
@@ -240,10 +246,12 @@ def test_a_thought_is_learned_where_the_template_keeps_it(backend: str) -> None:
     ]
     # Without a thought in the data too: the template writes an empty one for the last answer.
     _, ids, learned = encode(
-        tokenizer, messages_of(tokenizer), {"messages": say("a", "", "b", "x<|im_end|>x", "c", "d")}
+        tokenizer,
+        messages_of(tokenizer),
+        {"messages": say("a", "e", "b", "x<|im_end|>x", "c", "d")},
     )
     assert runs(tokenizer, ids, learned) == [
-        "<|im_end|>",
+        "e<|im_end|>",
         "x<|im_end|>x<|im_end|>",
         "<think>\n</think>\n\nd<|im_end|>",
     ]
@@ -340,6 +348,8 @@ def test_columns_are_of_one_kind(backend: str) -> None:
             [{"role": "assistant", "content": "x", "tool_calls": [{"name": "f"}]}],
             r"message 1 calls a tool",
         ),
+        (say(" \n", "b"), r"^row 7: 'messages', message 1: the user says nothing \(the text is ' "),
+        (say("a", "b", "c", ""), r"^row 7: 'messages', message 4: the assistant says nothing"),
         (say("a"), r"^row 7: 'messages' has no message with the role 'assistant' \(but: user\)"),
     ],
 )
@@ -356,6 +366,20 @@ def test_a_pair_without_an_answer_is_refused(backend: str) -> None:
         pairs.render({"p": "x", "c": None}, "row 7")
     with pytest.raises(DataError, match=r"^row 7: 'c' has no message with the role 'assistant'"):
         pairs.render({"p": say("a", "b"), "c": say("c")}, "row 7")
+    for row, said in (
+        ({"p": "a", "c": " "}, "'c': the assistant"),
+        ({"p": "", "c": "b"}, "'p': the u"),
+    ):
+        with pytest.raises(DataError, match=rf"^row 7: {said}.* says nothing"):
+            pairs.render(row, "row 7")
+
+
+def test_a_system_or_a_tool_may_say_nothing(backend: str) -> None:
+    formatted = messages_of(tokenizer_with(backend, CHATML))
+    talk = [*say("a", "b", system=""), {"role": "tool", "content": ""}, *say("c", "d")]
+    text = formatted.render({"messages": talk}, "row 7").text
+    assert text.startswith("<|im_start|>system\n<|im_end|>")
+    assert "<|im_start|>tool\n<|im_end|>" in text
 
 
 def test_messages_as_datasets_may_give_them() -> None:
@@ -374,6 +398,101 @@ def test_a_row_that_the_template_refuses_is_named_with_its_reason(backend: str) 
     talk = [*say("a", "b"), {"role": "assistant", "content": "c"}]
     with pytest.raises(DataError, match=r"^row 7: .*'tiny'.*\[user, assistant, assistant\].*alter"):
         formatted.render({"messages": talk}, "row 7")
+
+
+# Of other roles than these two it writes nothing, and says nothing of it.
+DEAF = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]"
+    "{% elif m.role == 'assistant' %}{{ m.content }}</s>{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("role", ["system", "tool", "User"])
+def test_a_message_that_the_template_leaves_out_in_silence_is_refused(
+    backend: str, role: str
+) -> None:
+    formatted = messages_of(tokenizer_with(backend, DEAF, "</s>"))
+    talk = say("4", "b", "4", "d")
+    assert formatted.render({"messages": talk}, "row 7").learned
+    # That others say the same makes no difference.
+    for content in ("4", "something else"):
+        talk[2] = {"role": role, "content": content}
+        with pytest.raises(
+            BadRow, match=rf"^row 7: .* leaves out what message 3 .* '{role}'"
+        ) as fault:
+            formatted.render({"messages": talk}, "row 7")
+        assert fault.value.reason == NOT_TAKEN
+        assert "Give the message a role that the template knows" in str(fault.value)
+        assert "skip_bad_documents" in str(fault.value)
+    # Also where the question of a pair has it.
+    pairs = Conversations(
+        tokenizer_with(backend, DEAF, "</s>"), prompt_column="p", completion_column="c"
+    )
+    with pytest.raises(BadRow, match="leaves out what message 1"):
+        pairs.render({"p": [{"role": role, "content": "x"}, *say("a")], "c": "b"}, "row 7")
+
+
+@pytest.mark.parametrize(
+    ("template", "talk"),
+    [
+        pytest.param(LLAMA3, say(" a ", "\n b\n"), id="strips"),
+        pytest.param(MISTRAL, say("a", "b", "c", "d", system="S"), id="moves the system's words"),
+        pytest.param(
+            THINKING,
+            say("a", "<think>\nt\n</think>\n\nb", "c", "<think>\nt\n</think>\n\nd"),
+            id="takes thoughts out",
+        ),
+    ],
+)
+def test_a_template_may_write_words_in_its_own_way(
+    backend: str, template: str, talk: list[dict[str, str]]
+) -> None:
+    assert messages_of(tokenizer_with(backend, template, "</s>")).render({"messages": talk}, "")
+
+
+def test_several_turns_of_one_role_are_taken_where_the_template_takes_them(backend: str) -> None:
+    tokenizer = tokenizer_with(backend, CHATML)
+    turns = [("user", "a"), ("user", "b"), ("assistant", "c"), ("assistant", "d")]
+    talk = [{"role": role, "content": content} for role, content in turns]
+    _, ids, learned = encode(tokenizer, messages_of(tokenizer), {"messages": talk})
+    assert runs(tokenizer, ids, learned) == ["c<|im_end|>", "d<|im_end|>"]
+
+
+def test_a_question_at_the_end_is_read_and_not_learned(backend: str) -> None:
+    tokenizer = tokenizer_with(backend, CHATML)
+    text, ids, learned = encode(
+        tokenizer, messages_of(tokenizer), {"messages": say("a", "b", "and then")}
+    )
+    assert text.endswith(f"and then<|im_end|>\n{EOS}")
+    assert runs(tokenizer, ids, learned) == ["b<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("Hi", NO_CONVERSATION),
+        ([{"from": "gpt", "value": "x"}], NO_CONVERSATION),
+        ([{"role": "assistant", "content": "x", "tool_calls": [{}]}], NO_CONVERSATION),
+        (say("a", ""), EMPTY_TURN),
+        (say("a"), NO_ANSWER),
+        ([*say("a", "b"), {"role": "assistant", "content": "c"}], NOT_TAKEN),
+    ],
+)
+def test_what_is_skipped_is_counted_by_what_is_wrong(
+    backend: str, row: Any, reason: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "talks.jsonl"
+    lines = [json.dumps({"messages": talk}) + "\n" for talk in (say("a", "b"), row)]
+    path.write_text("".join(lines), encoding="utf-8")
+    [file] = find_files([str(path)], [], Ledger(), argument="train_file")
+    formatted = messages_of(tokenizer_with(backend, MISTRAL, "</s>"))
+    with pytest.raises(DataError, match=rf"^{re.escape(str(path))}, line 2"):
+        list(TextFiles([file], formatted).documents(Ledger()))
+    ledger = Ledger()
+    taken = list(TextFiles([file], formatted, skip_bad_documents=True).documents(ledger))
+    assert len(taken) == 1
+    assert {name: entry.count for name, entry in ledger.left_out.items()} == {reason: 1}
+    assert ledger.lines() == [f"left out: 1 {reason} ({path}, line 2)"]
 
 
 def test_a_system_turn_that_moves_to_the_last_question_is_refused(backend: str) -> None:
@@ -399,6 +518,28 @@ def test_an_answer_that_is_headed_otherwise_while_it_is_the_last_is_refused(back
 
 
 # Templates
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "end"),
+    [
+        (CHATML, EOS, "<|im_end|>"),
+        (CHATML, "<|im_end|>", "<|im_end|>"),
+        (LLAMA3, EOS, "<|eot_id|>"),
+        (MISTRAL, "</s>", "</s>"),
+        (ZEPHYR, "</s>", "</s>"),
+        (MARKED, EOS, "<|im_end|>"),
+        (THINKING, EOS, "<|im_end|>"),
+        (PLAIN, EOS, None),
+        (None, EOS, None),
+        ("{{ raise_exception('no') }}", EOS, None),
+    ],
+)
+def test_the_token_that_ends_an_answer(
+    backend: str, template: str | None, eos: str, end: str | None
+) -> None:
+    tokenizer = tokenizer_with(backend, template, eos)
+    assert end_of_turn(tokenizer) == (end and tokenizer.convert_tokens_to_ids(end))
 
 
 def test_no_template_is_refused_and_one_can_be_given(backend: str) -> None:
@@ -428,7 +569,7 @@ def test_special_tokens_that_a_template_writes_are_in_the_key(backend: str) -> N
             "{% for m in messages %}", "for the roles .user, assistant. it fails", id="jinja"
         ),
         pytest.param(
-            "{{ messages[0].content }}", "'Answer one', by the assistant, would not", id="q"
+            "{{ messages[0].content }}", "leaves out what message 2 says", id="answers left out"
         ),
         pytest.param(
             "{% for m in messages %}{{ m.content }}</s>{% endfor %}"

@@ -88,9 +88,32 @@ def test_of_conversations_the_beginning_is_taken_and_none_without_a_learned_toke
     rows = PackedRows(TokenArray(TOKENS, ENDS, learned), 8, document_mask=True)
     seen = sorted(run for row in range(rows.num_rows) for run in rows.runs(row))
     assert seen == [(3, 8), (15, 4)]
-    assert rows.num_dropped_documents == 5
     (account,) = rows.accounts().values()
     assert (account.truncated, account.dropped, account.predicted) == (13, 22, 2)
+    # Those of 11, 9 and 17 tokens are cut; of them the tokens 13 and 40 would be learned.
+    assert (account.cut_conversations, account.learned_lost) == (3, 2)
+    assert account.dropped_conversations == 5
+    assert account.line().endswith(
+        "; 3 conversations are cut at the end of a row, 2 tokens to be learned are lost by it"
+        "; 5 conversations are left out, with nothing to be learned within a row"
+    )
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_rows_of_a_stream_without_a_learned_token_are_dropped(mask: bool) -> None:
+    learned = np.zeros(len(TOKENS), np.uint8)
+    learned[[4, 9, 30, 38]] = 1  # 4 begins a row, 30 a document
+    rows = StreamRows(TokenArray(TOKENS, ENDS, learned), 4, keep_last=True, document_mask=mask)
+    firsts = [rows.runs(row)[0][0] for row in range(rows.num_rows)]
+    assert firsts == ([8, 36] if mask else [8, 28, 36])
+    batch = rows.batch(np.arange(rows.num_rows))
+    assert [int((row != IGNORE_INDEX).sum()) for row in batch["labels"][:, 1:]] == [1] * len(firsts)
+    (account,) = rows.accounts().values()
+    assert (account.dropped, account.padding) == (47 - 4 * len(firsts), 0)
+    assert account.cut_conversations == 4
+    assert rows.marks == ["document_mask"] * mask + ["learned"]
+    # Where none is dropped, rows are what they were before some could be.
+    assert "learned" not in StreamRows(TokenArray(TOKENS, ENDS, learned + 1), 4).marks
 
 
 @pytest.mark.parametrize("mask", [False, True])

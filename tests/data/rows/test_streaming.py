@@ -272,14 +272,44 @@ def test_conversations_bring_their_end_of_text_and_their_labels(
     assert batch["labels"].flatten().tolist() == expected
 
 
-def test_data_without_a_row_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_every_row_of_a_stream_of_conversations_has_something_to_learn(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    class LastWords(Answers):
+        def render(self, row: Mapping[str, Any], where: str) -> Rendered:
+            text = row["text"] + "<|endoftext|>"
+            return Rendered(text, ((len(text) - len("<|endoftext|>"), len(text)),))
+
+    texts = [f"{i} " + "a" * (i * 37 % 150) for i in range(60)]
+    folder = write_shards(tmp_path / "data", "jsonl", [[{"text": text} for text in texts]])
+    stream = open_stream(str(folder), None, LastWords())
+    reader = make_reader(stream, tokenizer, rows_in_block=6)
+    ends = 0
+    while reader.start.place.epoch == 0:
+        rows = reader.read().rows
+        labels = rows.batch(np.arange(rows.num_rows))["labels"][:, 1:] != IGNORE_INDEX
+        assert labels.any(dim=1).all()
+        ends += int(labels.sum())
+    account = reader.start.account
+    assert account.predicted == ends
+    assert account.dropped > 0
+    assert account.predicted + sum(account.lost.values()) == account.tokens
+    # What fills no row is carried over, once.
+    assert account.leftover == 0
+    assert account.tokens == account.rows * 32 + account.dropped
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "stream"])
+def test_data_without_a_row_is_refused(
+    packing: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     class Unlearned(Answers):
         def render(self, row: Mapping[str, Any], where: str) -> Rendered:
             return Rendered(row["text"], ())
 
     folder = write_shards(tmp_path / "data", "jsonl", [[{"text": "abcdefgh"}] * 100])
     stream = open_stream(str(folder), None, Unlearned())
-    reader = make_reader(stream, tokenizer, settings=SETTINGS["best_fit"])
+    reader = make_reader(stream, tokenizer, settings=SETTINGS[packing])
     with pytest.raises(DataError, match="not one row in a whole epoch"):
         reader.read()
 
@@ -421,8 +451,9 @@ def test_resuming_at_and_beside_every_kind_of_border(
         windows.close()
 
 
+@pytest.mark.parametrize("packing", ["best_fit", "stream"])
 def test_resuming_among_blocks_that_have_no_row(
-    folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase
+    packing: str, folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     class FewAnswers(Answers):
         def render(self, row: Mapping[str, Any], where: str) -> Rendered:
@@ -431,7 +462,7 @@ def test_resuming_among_blocks_that_have_no_row(
 
     def start(position: int, state: Any) -> StreamWindows:
         stream = open_stream(str(folders["jsonl"]), None, FewAnswers())
-        settings = SETTINGS["best_fit"]
+        settings = SETTINGS[packing]
         reader = make_reader(stream, tokenizer, settings=settings, rows_in_block=4, state=state)
         return make_windows(reader, position=position, micro_batch_size=1)
 

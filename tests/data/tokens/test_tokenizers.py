@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llm_training.data.errors import DataError
@@ -141,3 +142,42 @@ def test_a_model_folder_without_tokenizer_files_is_refused(tmp_path: Path) -> No
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(DataError, match="empty vocabulary"):
         load_tokenizer(str(tmp_path))
+
+
+def test_an_existing_tokenizer_gets_the_special_tokens_that_it_lacks(tmp_path: Path) -> None:
+    old = AddedToken("<old>", special=True, normalized=False, rstrip=True)
+    made = train_tokenizer("byte", [], 0)
+    made.add_tokens([old], special_tokens=True)
+    made.save_pretrained(tmp_path)
+    plain = load_tokenizer(str(tmp_path))
+    more = load_tokenizer(str(tmp_path), special_tokens=["<old>", "<new>", "a"])
+    assert len(plain) == 258 and len(more) == 259
+    assert more("<old><new>a", add_special_tokens=False).input_ids == [257, 258, 97]
+    assert plain("<new>", add_special_tokens=False).input_ids == [*b"<new>"]
+    assert more.decode([98, 258, 97], skip_special_tokens=True) == "b"
+    assert tokenizer_fingerprint(more) != tokenizer_fingerprint(plain)
+    same = load_tokenizer(str(tmp_path), special_tokens=["<old>", "<|endoftext|>"])
+    assert tokenizer_fingerprint(same) == tokenizer_fingerprint(plain)
+
+
+def test_code_that_comes_with_a_tokenizer_runs_by_consent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    folder = tmp_path / "own"
+    train_tokenizer("byte", [], 0).save_pretrained(folder)
+    (folder / "own_words.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n\n\n"
+        "class OwnTokenizer(PreTrainedTokenizerFast):\n    its_own = True\n"
+    )
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {
+        "tokenizer_class": "OwnTokenizer",
+        "auto_map": {"AutoTokenizer": [None, "own_words.OwnTokenizer"]},
+    }
+    path.write_text(json.dumps(config))
+    with pytest.raises(DataError, match=r"needs Python code .*allow it with --trust_remote_code"):
+        load_tokenizer(str(folder))
+    assert load_tokenizer(str(folder), trust_remote_code=True).its_own
