@@ -27,9 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
 
 from arguments import OptimizationArguments  # noqa: E402
+from llm_training.causal_lm import CausalLMWithLoss  # noqa: E402
 from llm_training.cpu_speed import fuse_gelu, keep_memory_warm  # noqa: E402
 from llm_training.launch import has_bf16  # noqa: E402
-from llm_training.modeling import CausalLMWithLoss  # noqa: E402
 from llm_training.optim import build_optimizer  # noqa: E402
 
 MODELS = {

@@ -36,8 +36,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
 
+from llm_training.causal_lm import CausalLMWithLoss  # noqa: E402
 from llm_training.checkpointing import CheckpointFolder  # noqa: E402
-from llm_training.modeling import CausalLMWithLoss  # noqa: E402
 from llm_training.state import TrainState  # noqa: E402
 
 BLOCK_BYTES = 2**24

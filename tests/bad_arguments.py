@@ -158,7 +158,7 @@ BAD_DATA: list[tuple[dict[str, Any], list[str]]] = [
     ),
     (CHAT | {"tokenizer_name": "bpe"}, ["tokenizer_name=bpe", "no chat template"]),
     ({"chat_template": "{{ messages }}"}, ["chat_template", "no effect on text"]),
-    ({"special_tokens": ["<a>"], "tokenizer_name": "gpt2"}, ["special_tokens", "made here"]),
+    ({"special_tokens": ["<a>", " "]}, ['special_tokens=["<a>", " "] holds an empty text']),
     (
         {
             "train_file": None,
@@ -265,8 +265,16 @@ BAD_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
     ({"model_type": None}, ["no model", "model_name_or_path", "model_type"]),
     ({"model_name_or_path": "gpt2"}, ["model_name_or_path=gpt2 and model_type=gpt2", "exclude"]),
     ({**LOADED, "config_overrides": {"n_layer": 2}}, ["config_overrides", "exclude each other"]),
+    ({"model_revision": "main"}, ["model_revision=main has no effect with model_type=gpt2"]),
+    (
+        LOADED | {"model_name_or_path": ".", "model_revision": "v1"},
+        ["model_revision=v1 has no effect on a local folder (.): drop it"],
+    ),
     ({"lora_rank": 4}, ["lora_rank=4 and model_type=gpt2", "beside weights that exist"]),
     ({**LOADED, "lora_alpha": 4}, ["lora_alpha=4.0 has no effect without lora_rank"]),
+    ({"frozen_dtype": "bfloat16"}, ["frozen_dtype=bfloat16 has no effect: every weight"]),
+    ({"frozen_dtype": "nf4"}, ["frozen_dtype=nf4 needs lora_rank"]),
+    ({"frozen_dtype": "bf16"}, ["frozen_dtype", "float32|bfloat16|nf4"]),
     ({**LOADED, "merge_adapter": True}, ["merge_adapter=true has no effect without lora_rank"]),
     (
         {**LOADED, "lora_rank": 4, "lora_target_modules": ["all-linear", "c_attn"]},
@@ -276,6 +284,13 @@ BAD_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
         {**LOADED, "lora_rank": 4, "optim": "muon"},
         ["lora_rank=4 and optim=muon exclude each other", "use adamw"],
     ),
+    ({"freeze_parameters": ["!*.wte.*"]}, ["!*.wte.* takes out of", "begin with what is frozen"]),
+    (
+        {**LOADED, "lora_rank": 4, "freeze_parameters": ["*.wte.*"]},
+        ["freeze_parameters", "lora_rank=4 exclude each other", "drop the first"],
+    ),
+    ({"learning_rate_factors": {"*": "0.1"}}, ['learning_rate_factors, "*"', "without quotes"]),
+    ({"learning_rate_factors": {"*": 0}}, ["0 is out of range: a factor must be more than 0"]),
     ({"train_file": []}, ["no data", "train_file", "dataset_name"]),
     ({"train_file": [], "eval_only": True}, ["no data for eval_only", "validation_file"]),
     ({"dataset_name": "wikitext"}, ["train_file", "dataset_name=wikitext", "keep one"]),
@@ -395,6 +410,21 @@ BAD_SETTINGS: list[tuple[dict[str, Any], list[str]]] = [
         {"allow_resume_change": ["seed"], "resume_from_checkpoint": "none"},
         ['allow_resume_change=["seed"] and resume_from_checkpoint=none', "drop the first"],
     ),
+    # the hub
+    ({"hub_model_id": "me/mine"}, ['hub_model_id="me/mine" has no effect without push_to_hub']),
+    ({"hub_private_repo": False}, ["hub_private_repo=false has no effect without push_to_hub"]),
+    (
+        {"push_to_hub": True, "hub_model_id": "https://huggingface.co/me/mine"},
+        ["=https://huggingface.co/me/mine cannot name a repository", "OWNER/NAME or NAME"],
+    ),
+    (
+        {"push_to_hub": True, "hub_model_id": "my model"},
+        ["hub_model_id=my model cannot name a repository", "letters a to z"],
+    ),
+    (
+        {"push_to_hub": True, "eval_only": True},
+        ["push_to_hub=true has no effect with eval_only", "llm_training.hub push RUN_FOLDER"],
+    ),
     # secrets
     (
         {"tracking_uri": "https://me:pw@host/x"},
@@ -484,7 +514,7 @@ BAD_FLAGS: list[tuple[str, list[str]]] = [
     ("--max_iters 5", ["max_iters", "no such argument", "nanoGPT's", "--max_steps 5"]),
     ("--bf16", ["bf16", "TrainingArguments'", "--mixed_precision bf16"]),
     ("--micro_batch_size 4", ["Megatron-LM's", "--per_device_train_batch_size 4"]),
-    ("--quantization_bit 4", ["LLaMA-Factory's", "no counterpart here"]),
+    ("--quantization_bit 4", ["LLaMA-Factory's", "give --frozen_dtype nf4"]),
     ("--batch_size 8", ["several things", "per_device_train_batch_size", "global_batch_size"]),
     ("--optim adamw_torch", ["optim", "adamw|muon|adamw_8bit", '"adamw_torch"']),
 ]

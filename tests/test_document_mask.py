@@ -24,8 +24,8 @@ from transformers import (
 )
 from transformers.integrations import hub_kernels
 
+from llm_training.causal_lm import CausalLMWithLoss
 from llm_training.document_mask import DocumentMaskError, check_document_mask
-from llm_training.modeling import CausalLMWithLoss
 
 LLAMA = {
     "num_hidden_layers": 2,

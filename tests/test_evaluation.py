@@ -19,13 +19,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from arguments import BatchSizes, EvaluationArguments
 from llm_training import chunked_loss, evaluation
+from llm_training.causal_lm import CausalLMWithLoss
 from llm_training.data.rows.mixture import MixtureRows
 from llm_training.data.rows.store_rows import PackedRows, Rows, StreamRows
 from llm_training.data.tokens.token_store import TokenArray
 from llm_training.evaluation import Judgement, evaluate, evaluate_sets, metrics_of
 from llm_training.losses import IGNORE_INDEX, shift_labels
 from llm_training.metrics import MetricError
-from llm_training.modeling import CausalLMWithLoss
 from llm_training.uncertainty import ratio_and_error
 
 TOKENS = np.random.default_rng(0).integers(0, 20, 47).astype(np.uint16)

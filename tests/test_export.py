@@ -30,9 +30,9 @@ from transformers import (
 )
 
 from llm_training import export
+from llm_training.causal_lm import CausalLMWithLoss
 from llm_training.data.tokens.tokenizers import train_tokenizer
 from llm_training.export import ExportError, export_model
-from llm_training.modeling import CausalLMWithLoss
 from tests.continuations import continue_text
 
 NO_ENDS = {"bos_token_id": None, "eos_token_id": None}

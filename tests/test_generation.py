@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from llm_training import generation
+from llm_training.causal_lm import CausalLMWithLoss
 from llm_training.data.tokens.tokenizers import train_tokenizer
 from llm_training.generation import (
     Draw,
@@ -22,7 +23,6 @@ from llm_training.generation import (
     make_task,
     text_after,
 )
-from llm_training.modeling import CausalLMWithLoss
 from llm_training.vocab_padding import pad_vocab
 from tests.continuations import continue_text
 

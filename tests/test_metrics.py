@@ -16,11 +16,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from arguments import BatchSizes, EvaluationArguments
 from llm_training import metrics
+from llm_training.causal_lm import CausalLMWithLoss
 from llm_training.data.rows.store_rows import StreamRows
 from llm_training.data.tokens.token_store import TokenArray
 from llm_training.evaluation import Judgement, evaluate
 from llm_training.metrics import IdMetrics, MetricError, TokenSums, check_metrics, local_values
-from llm_training.modeling import CausalLMWithLoss
 from tests.metric_scripts import write_metric
 
 TOKENS = np.random.default_rng(0).integers(0, 20, 47).astype(np.uint16)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train_llm
-from llm_training.modeling import CausalLMWithLoss
+from llm_training.causal_lm import CausalLMWithLoss
 from llm_training.ranks import RankError
 from tests.small_runs import curve, open_place, read_log, train_small, weights
 

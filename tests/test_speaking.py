@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 import train_llm
 from llm_training import generation, speaking
+from llm_training.causal_lm import CausalLMWithLoss
 from llm_training.data.rows.store_rows import PackedRows, StreamRows
 from llm_training.data.tokens.token_store import TokenArray
 from llm_training.data.tokens.tokenizers import train_tokenizer
-from llm_training.modeling import CausalLMWithLoss
 from llm_training.ranks import RankError
 from llm_training.samples import Sample, as_table, read_samples, table_of
 from llm_training.speaking import beginning_of, validation_prompts

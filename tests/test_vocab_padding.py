@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from arguments import Arguments
 from llm_training import chunked_loss, modeling
+from llm_training.causal_lm import CausalLMWithLoss
 from llm_training.losses import IGNORE_INDEX, row_losses, shift_labels, token_loss_sum
 from llm_training.modeling import (
-    CausalLMWithLoss,
     ModelError,
     choose_chunked_loss,
     count_parameters,

@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 
 from arguments import resolve_batch_sizes
+from llm_training.causal_lm import CausalLMWithLoss
 from llm_training.checkpointing import (
     CheckpointError,
     CheckpointFolder,
@@ -29,7 +30,7 @@ from llm_training.checkpointing import (
 )
 from llm_training.launch import build_accelerator
 from llm_training.launch_settings import read_launch_settings
-from llm_training.modeling import CausalLMWithLoss, build_model, fit_config, load_config
+from llm_training.modeling import build_model, fit_config, load_config
 from llm_training.optim import build_optimizer
 from llm_training.ranks import leave
 from llm_training.state import TrainState

@@ -24,9 +24,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from arguments import resolve_batch_sizes
 from llm_training.argument_parsing import read_arguments
+from llm_training.causal_lm import CausalLMWithLoss
 from llm_training.launch import build_accelerator, seed_everything
 from llm_training.launch_settings import read_launch_settings
-from llm_training.modeling import CausalLMWithLoss, build_model, fit_config, load_config
+from llm_training.modeling import build_model, fit_config, load_config
 from llm_training.optim import build_optimizer
 from llm_training.ranks import leave
 from llm_training.replicas import BITS, differing_replicas, has_replicas
