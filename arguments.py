@@ -132,7 +132,8 @@ class DataArguments:
     )
     chat_template: str | None = arg(
         None,
-        "Chat template for conversations: a Jinja file or text; null: the tokenizer's own.",
+        "Chat template for conversations: a Jinja file or text, saved with the model; null: the"
+        " tokenizer's own.",
     )
     document_separator: Literal["file", "line", "blank_line"] = arg(
         "file", "What parts text files into documents: nothing, each line, or blank lines."
@@ -150,8 +151,8 @@ class DataArguments:
     )
     skip_bad_documents: bool = arg(
         False,
-        "Leave out lines and rows that cannot be read or hold no text, counted and named; off:"
-        " stop at them.",
+        "Leave out lines and rows that cannot be read or hold no text or no usable conversation,"
+        " counted and named; off: stop at them.",
     )
     validation_split_percentage: float = arg(
         5.0,

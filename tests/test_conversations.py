@@ -233,7 +233,8 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tokenizer_name="./tokenizer",
             block_size=128,
             global_batch_size=8,
-            max_steps=120,
+            max_steps=200,
+            num_threads=1,  # the same bits on every machine of a kind
             learning_rate=5e-3,
             warmup_steps=10,
             eval_steps=60,
@@ -301,7 +302,7 @@ def test_samples_of_the_run_end_there_too(tuned: Path) -> None:
     [last] = [
         sample["text"]
         for sample in map(json.loads, lines)
-        if sample["step"] == 120 and sample["kind"] == "greedy"
+        if sample["step"] == 200 and sample["kind"] == "greedy"
     ]
     assert re.fullmatch(r"\d\+\d=\d+\n#### \d+", last)
 

@@ -237,7 +237,7 @@ def test_nothing_is_left_running(
         train("second")
     else:
 
-        def fail(run: train_llm.Run) -> None:
+        def fail(run: train_llm.Run, _: Any) -> None:
             raise fault
 
         monkeypatch.setattr(train_llm, "finish", fail)

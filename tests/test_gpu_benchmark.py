@@ -86,7 +86,7 @@ def test_every_variant_is_one_that_the_arguments_know(
 def test_a_trial_measures_both_sides_and_tells_what_failed(tmp_path: Path) -> None:
     page = tmp_path / "results.md"
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_training.py"), "--quick"]
-    command += ["--output", str(page), "--variants", "nanogpt_like_eager", "eager", "adamw_8bit"]
+    command += ["--output", str(page), "--variants", "nanogpt_like_eager", "eager", "liger"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ") for line in page.read_text(encoding="utf-8").splitlines()]
@@ -99,7 +99,7 @@ def test_a_trial_measures_both_sides_and_tells_what_failed(tmp_path: Path) -> No
     assert all(rate > 100 for rate in rates.values())
     (ratio,) = [row for row in rows if row[:2] == ["| eager", "nanogpt_like_eager"]]
     assert float(ratio[2]) == pytest.approx(rates["eager"] / rates["nanogpt_like_eager"], rel=1e-2)
-    assert any(row[0] == "| adamw_8bit" and "bitsandbytes" in row[1] for row in rows)
+    assert any(row[0] == "| liger" and "liger_kernel" in row[1] for row in rows)
     assert not list(tmp_path.glob("**/checkpoints"))
 
 

