@@ -39,6 +39,7 @@ class FakeRun:
         self.is_open.set()
         self.was_entered = threading.Event()
         self.start_errors: list[Exception] = []
+        self.close_errors: list[Exception] = []
         self.before_send: Callable[[], None] = lambda: None
 
     @property
@@ -66,10 +67,9 @@ class FakeRun:
     def upload(self, path: Path) -> None:
         self.calls.append(f"upload {path.name}")
 
-    def closing_calls(self, ending: Ending, artifacts: Sequence[Path]) -> list[Callable[[], Any]]:
-        return [
-            lambda item=item: self.calls.append(str(item)) for item in [*artifacts, ending.status]
-        ]
+    def close(self, ending: Ending, artifacts: Sequence[Path]) -> list[Exception]:
+        self.calls += [str(item) for item in [*artifacts, ending.status]]
+        return self.close_errors
 
 
 class Setup:
@@ -449,6 +449,17 @@ def test_an_optional_one_is_tried_again_and_gets_everything() -> None:
     assert "Training goes on with train_log.jsonl alone" in first
     assert second == "fake answers now, and gets what was logged before"
     assert "no metrics are missing there" in third
+
+
+def test_what_fails_at_the_end_is_told_though_the_run_is_ended() -> None:
+    setup = started(points_at_once=10)
+    setup.run.close_errors = [OSError("no space"), OSError("again")]
+    setup.log(1)
+    setup.end([Path("result.json")])
+    assert setup.run.calls == [[1], "result.json", "FINISHED"]
+    first, last = setup.said
+    assert "failed (OSError: no space)" in first
+    assert last == "warning: fake failed 2 times; no metrics are missing there. Run sync."
 
 
 def test_a_mistake_of_the_user_is_an_error_though_the_tracker_is_optional() -> None:

@@ -25,6 +25,7 @@ from arguments import Arguments
 from llm_training.outputs import OutputFolder
 from llm_training.tracking import Tracking, TrackingError, is_untold
 from llm_training.tracking.__main__ import main
+from llm_training.tracking.mlflow_run import MLflowRun
 from llm_training.tracking.note import RunNote
 from llm_training.tracking.record import RunRecord, UsedDataset
 from llm_training.tracking.sync import sync
@@ -45,6 +46,7 @@ def store(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Where the database is to be: nothing can be stored there until `bring_up`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("llm_training.tracking.steady_tracker.SEND_INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr("llm_training.tracking.tracking.MLflowProcess", MLflowRun)  # at once
     folder = tmp_path / "store"
     folder.write_text("no folder, so there can be no database in it")
     return folder / "mlflow.db"

@@ -19,6 +19,8 @@ from mlflow.entities import Run
 
 from arguments import Arguments
 from llm_training.tracking import Tracking
+from llm_training.tracking.mlflow_process import MLflowProcess
+from llm_training.tracking.mlflow_run import MLflowRun
 from llm_training.tracking.record import UsedDataset, build_record
 from llm_training.tracking.tracked_run import Ending
 
@@ -37,6 +39,17 @@ def open_folder(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPat
 
 @contextmanager
 def started_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """As `started_elsewhere`, with MLflow's side in this process, where a test can change it.
+
+    What is between the processes is tested in test_mlflow_process.py.
+    """
+    monkeypatch.setattr("llm_training.tracking.tracking.MLflowProcess", MLflowRun)
+    with started_elsewhere(folder, monkeypatch) as start:
+        yield start
+
+
+@contextmanager
+def started_elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     """Starts the tracking of a run in `folder`/out, as the script does; kills it in the end."""
     monkeypatch.setattr("llm_training.tracking.steady_tracker.SEND_INTERVAL_SECONDS", 0.0)
     started = []
@@ -65,9 +78,11 @@ def kill(tracking: Tracking) -> None:
     """Stops all threads as kill -9 would: what was not sent is not sent, and no status is told."""
     for tracker in tracking._trackers:
         run: Any = tracker._run
-        run.closing_calls = lambda ending, artifacts: []
+        run.close = lambda ending, artifacts: []
         tracker.begin_end(Ending("KILLED"), (), seconds=-math.inf)
         tracker._thread.join()
+        if isinstance(run, MLflowProcess):
+            run._stop()
 
 
 def wait_until_sent(tracking: Tracking) -> None:

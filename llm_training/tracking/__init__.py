@@ -1,4 +1,4 @@
-"""Everything a run writes down: train_log.jsonl, Accelerate's trackers, and the console's lines."""
+"""Everything a run writes down: train_log.jsonl, trackers, and the console's lines."""
 
 from llm_training.tracking.console import evaluation_line, evaluation_lines, progress_line
 from llm_training.tracking.errors import TrackingError, last_lines

@@ -15,8 +15,14 @@ class TrackingError(ValueError):
     """A tracker cannot be used as asked; the message says what to do."""
 
 
+class QuotedError(Exception):
+    """What went wrong in another process, as `first_line` quotes it there."""
+
+
 def first_line(error: BaseException) -> str:
     """The kind of an error and the first line of its text, without logins, for a warning."""
+    if isinstance(error, QuotedError):
+        return str(error)
     lines = redact_url(str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 

@@ -1,18 +1,19 @@
 """The MLflow side of a run: begun or gone on with, fed, and ended with the truth.
 
-Accelerate's MLflow tracker starts the run and notes its parameters. Here is what it leaves to the
-script: a run that can go on after a kill, many points in one transaction, what the run was trained
-on, files that are replaced as they grow, and a true status.
+MLflow's client does the work: what MLflow calls the active run has a status of its own making, and
+Accelerate's tracker would bring torch into the process that sends. Here is what goes beyond: a run
+that can go on after a kill, many points in one transaction, what the run was trained on, files that
+are replaced as they grow, and a true status.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llm_training.imports import no_garbage_collection
 from llm_training.tracking.mlflow_notes import (
@@ -28,10 +29,7 @@ from llm_training.tracking.mlflow_notes import (
     outdated_tags,
     with_table,
 )
-from llm_training.tracking.mlflow_store import (
-    ensure_experiment,
-    prepare_mlflow,
-)
+from llm_training.tracking.mlflow_store import ensure_experiment, page_of, prepare_mlflow
 from llm_training.tracking.mlflow_sweep import (
     PARENT_RUN_ID,
     Result,
@@ -40,18 +38,21 @@ from llm_training.tracking.mlflow_sweep import (
     note_result,
 )
 from llm_training.tracking.record import RunRecord
-from llm_training.tracking.tracked_run import Ending, Point, Status
+from llm_training.tracking.tracked_run import Ending, Point, attempt_all
 
 if TYPE_CHECKING:
-    from accelerate.tracking import GeneralTracker
     from mlflow.entities import Run
 
     from arguments import Arguments
 
 RUN_ID_FILE = "mlflow_run_id.txt"
-MAX_METRICS_AT_ONCE = 1000  # MLflow's limit
+# MLflow's limits.
+MAX_METRICS_AT_ONCE = 1000
+MAX_PARAMETERS_AT_ONCE = MAX_TAGS_AT_ONCE = 100
 DECIDING_METRIC = "eval/loss"  # where the record names no other
 FALLING = ("loss", "perplexity", "bits_per_byte")  # as the evaluation has it: the lower the better
+
+Item = TypeVar("Item")
 
 
 class MLflowRun:
@@ -65,6 +66,7 @@ class MLflowRun:
     Attributes:
         uri: of the store; absolute where it is a SQLite file.
         run_id: MLflow's id of the run; None until it is started.
+        page: of the run on a server, in MLflow's view for training; its first page until then.
     """
 
     name = "mlflow"
@@ -84,6 +86,7 @@ class MLflowRun:
         """
         self.uri = prepare_mlflow(arguments.tracking_uri, say)
         self.run_id: str | None = None
+        self.page = self.uri
         self._output_dir = output_dir
         self._run_id_file = output_dir / RUN_ID_FILE
         self._experiment_name = arguments.experiment_name
@@ -94,18 +97,10 @@ class MLflowRun:
         self._num_rewinds = 0
         self._stored_until = math.inf  # later steps were computed again since the start
 
-    @property
-    def page(self) -> str:
-        """The run's page on a server, in MLflow's view for training; its first page until then."""
-        if self.run_id is None:
-            return self.uri
-        run = f"experiments/{self._experiment_id}/runs/{self.run_id}"
-        return f"{self.uri.rstrip('/')}/#/{run}?workflowType=machine_learning"
-
     # -------------------------------------------------------------------------------- the start
 
     def start(self) -> None:
-        """Finds store, experiment and the earlier run, and has Accelerate's tracker start it.
+        """Finds store, experiment and the earlier run, and begins the run or goes on with it.
 
         Raises:
             TrackingError: the experiment's name cannot be used.
@@ -115,7 +110,6 @@ class MLflowRun:
             self._start()
 
     def _start(self) -> None:
-        from accelerate.tracking import MLflowTracker
         from mlflow import MlflowClient
 
         self._client = MlflowClient(self.uri)
@@ -123,27 +117,32 @@ class MLflowRun:
         run, tags = self._find_earlier_run()
         self._stored_steps = self._read_stored_steps(run) if run else {}
         experiment_id = ensure_experiment(self._client, self._experiment_name, self.uri)
-        if run is None:
-            tags |= context_tags()
         tags |= {name: cut(text) for name, text in self._record.tags.items()}
         tags |= self._sweep_tags(experiment_id)
-        self._tracker: GeneralTracker = MLflowTracker(
-            self._experiment_name,
-            run_id=run.info.run_id if run else None,
-            run_name=self._run_name,
-            tags=tags,
-        )
+        run_id = self._begin(experiment_id, tags) if run is None else self._go_on(run, tags)
         try:
-            self._tracker.start()
-            self._experiment_id = str(self._tracker.tracker.info.experiment_id)
-            self.run_id = str(self._tracker.tracker.info.run_id)
-            self._note_run_id(self.run_id)
-            self._log_parameters(self.run_id, run.data.params if run else {})
-            self._log_surroundings(self.run_id, run.data.tags if run else {})
+            self._note_run_id(run_id)
+            self._log_parameters(run_id, run.data.params if run else {})
+            self._log_surroundings(run_id, run.data.tags if run else {})
         except BaseException:
             with suppress(Exception):  # the first error tells more
-                end_active_run("FAILED")
+                self._client.set_terminated(run_id, "FAILED")
             raise
+        self.run_id, self.page = run_id, page_of(self.uri, experiment_id, run_id)
+
+    def _begin(self, experiment_id: str, tags: dict[str, str]) -> str:
+        tags = context_tags() | tags
+        run = self._client.create_run(experiment_id, tags=tags, run_name=self._run_name)
+        return str(run.info.run_id)
+
+    def _go_on(self, run: Run, tags: dict[str, str]) -> str:
+        from mlflow.entities import RunTag
+
+        run_id = str(run.info.run_id)
+        self._client.update_run(run_id, status="RUNNING", name=self._run_name)
+        for part in parts([RunTag(*item) for item in tags.items()], MAX_TAGS_AT_ONCE):
+            self._client.log_batch(run_id, tags=part, synchronous=True)
+        return run_id
 
     def _find_earlier_run(self) -> tuple[Run | None, dict[str, str]]:
         """The run to go on with, in whichever experiment it is; else a tag on one that is gone."""
@@ -192,9 +191,12 @@ class MLflowRun:
         MLflow's never change. Where a run goes on with another value than the stored one, the tag
         `resume.STEP.NAME` says "stored -> now".
         """
+        from mlflow.entities import Param
+
         now = {name: cut(str(value)) for name, value in self._record.parameters.items()}
-        new = {name: now[name] for name in now if name not in stored}
-        self._tracker.store_init_configuration(new)
+        new = [Param(name, now[name]) for name in now if name not in stored]
+        for part in parts(new, MAX_PARAMETERS_AT_ONCE):
+            self._client.log_batch(run_id, params=part, synchronous=True)
         for name in now:
             if name in stored and stored[name] != now[name]:
                 tag = f"resume.{self._record.resumed_step or 0}.{name}"
@@ -238,17 +240,22 @@ class MLflowRun:
             for point in self.missing(points)
             for name, value in point.metrics.items()
         ]
-        for first in range(0, len(metrics), MAX_METRICS_AT_ONCE):
-            part = metrics[first : first + MAX_METRICS_AT_ONCE]
+        for part in parts(metrics, MAX_METRICS_AT_ONCE):
             self._client.log_batch(str(self.run_id), metrics=part, synchronous=True)
         self._tell_rewinds()
 
-    def note_rewind(self, first: int, last: int) -> None:
+    def note_rewind(self, first: int, last: int, is_told: bool = False) -> None:
         """Has it told that the run went back from step `last` behind step `first`; on any thread.
 
         MLflow takes no point back: those of both passes are in the curves.
+
+        Args:
+            first: behind which it is computed again.
+            last: that was computed before.
+            is_told: MLflow has been told, by a process before this one.
         """
-        self._rewinds.append((first, last))
+        if not is_told:
+            self._rewinds.append((first, last))
         self._stored_until = min(self._stored_until, first)
 
     def _tell_rewinds(self) -> None:
@@ -270,14 +277,15 @@ class MLflowRun:
 
     # ---------------------------------------------------------------------------------- the end
 
-    def closing_calls(self, ending: Ending, artifacts: Sequence[Path]) -> list[Callable[[], Any]]:
+    def close(self, ending: Ending, artifacts: Sequence[Path]) -> list[Exception]:
         """Notes how it went, uploads the artifacts, and tells the status."""
-        return [
+        calls: list[Callable[[], Any]] = [
             partial(self._note_ending, ending),
             *(partial(self.upload, path) for path in artifacts),
             self._note_result,
-            partial(end_active_run, ending.status),
+            partial(self._client.set_terminated, str(self.run_id), ending.status),
         ]
+        return attempt_all(calls)
 
     def _note_ending(self, ending: Ending) -> None:
         self._tell_rewinds()
@@ -310,11 +318,6 @@ def deciding_metric(record: RunRecord) -> tuple[str, bool]:
     return metric, rises if isinstance(rises, bool) else not is_falling
 
 
-def end_active_run(status: Status) -> None:
-    """Ends the active run of this thread, if there is one, with the true status.
-
-    Accelerate's MLflow tracker could only say FINISHED, whatever happened.
-    """
-    import mlflow
-
-    mlflow.end_run(status)
+def parts(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """The items, so many at a time."""
+    return (items[first : first + size] for first in range(0, len(items), size))

@@ -39,8 +39,8 @@ IGNORED_ENVIRONMENT = (
 )
 
 
-def prepare_mlflow(tracking_uri: str | None, say: Callable[[str], None]) -> str:
-    """Imports MLflow so that the arguments decide; returns the store's URI and reaches nobody.
+def prepare_environment(tracking_uri: str | None, say: Callable[[str], None]) -> str:
+    """Sees to it that the arguments decide; returns the store's URI, and imports nothing.
 
     Raises:
         TrackingError: MLflow is missing.
@@ -51,11 +51,20 @@ def prepare_mlflow(tracking_uri: str | None, say: Callable[[str], None]) -> str:
     for name in IGNORED_ENVIRONMENT:
         if os.environ.pop(name, None) is not None:
             say(f"warning: the environment's {name} is not used; the arguments decide")
+    return resolve_store(tracking_uri)
+
+
+def prepare_mlflow(tracking_uri: str | None, say: Callable[[str], None]) -> str:
+    """Imports MLflow so that the arguments decide; returns the store's URI and reaches nobody.
+
+    Raises:
+        TrackingError: MLflow is missing.
+    """
+    uri = prepare_environment(tracking_uri, say)
     with no_garbage_collection():
         import mlflow
 
     logging.getLogger("mlflow.store.db").setLevel(logging.WARNING)  # each new table else
-    uri = resolve_store(tracking_uri)
     mlflow.set_tracking_uri(uri)
     return uri
 
@@ -85,16 +94,11 @@ def artifact_location(uri: str) -> str | None:
 
 
 def ensure_experiment(client: MlflowClient, name: str, uri: str) -> str:
-    """Makes the experiment if it is not there, so that Accelerate's tracker finds it; its id.
+    """Makes the experiment if it is not there; its id.
 
     Raises:
         TrackingError: the name cannot be used.
     """
-    if "'" in name:
-        raise TrackingError(
-            f"experiment_name: {name!r} has a single quote, with which Accelerate's MLflow tracker"
-            " cannot find it. Choose a name without one."
-        )
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         return client.create_experiment(name, artifact_location=artifact_location(uri))
@@ -105,3 +109,9 @@ def ensure_experiment(client: MlflowClient, name: str, uri: str) -> str:
             f" mlflow experiments restore --experiment-id {experiment.experiment_id}"
         )
     return str(experiment.experiment_id)
+
+
+def page_of(uri: str, experiment_id: str, run_id: str) -> str:
+    """The page of a run on a server, in MLflow's view for training."""
+    run = f"experiments/{experiment_id}/runs/{run_id}"
+    return f"{uri.rstrip('/')}/#/{run}?workflowType=machine_learning"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_training.tracking.errors import TrackingError
 from llm_training.tracking.record import Parameters, RunRecord
-from llm_training.tracking.tracked_run import Ending, Point, Status
+from llm_training.tracking.tracked_run import Ending, Point, Status, attempt_all
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -68,9 +68,9 @@ class TensorBoardRun:
     def upload(self, path: Path) -> None:
         """Nothing: TensorBoard keeps no files."""
 
-    def closing_calls(self, ending: Ending, artifacts: Sequence[Path]) -> list[Callable[[], Any]]:
+    def close(self, ending: Ending, artifacts: Sequence[Path]) -> list[Exception]:
         """Closes the file: TensorBoard knows neither status nor artifacts."""
-        return [self._tracker.finish]
+        return attempt_all([self._tracker.finish])
 
 
 class WandbRun:
@@ -144,9 +144,10 @@ class WandbRun:
     def upload(self, path: Path) -> None:
         """Nothing: W&B gets the numbers."""
 
-    def closing_calls(self, ending: Ending, artifacts: Sequence[Path]) -> list[Callable[[], Any]]:
+    def close(self, ending: Ending, artifacts: Sequence[Path]) -> list[Exception]:
         """Ends the run; W&B shows an exit code other than 0 as failed."""
-        return [partial(self._tracker.tracker.finish, exit_code=EXIT_CODES[ending.status])]
+        finish = self._tracker.tracker.finish
+        return attempt_all([partial(finish, exit_code=EXIT_CODES[ending.status])])
 
 
 def private_settings() -> dict[str, Any]:

@@ -335,9 +335,15 @@ class SteadyTracker:
             return
         is_answering = self.send_waiting()
         files = [path for path in artifacts if not self._is_uploaded(path)]
-        calls = self._run.closing_calls(ending, files if is_answering else ())
-        went_well = [self.attempt(call) for call in calls]
-        self._is_end_whole = all(went_well) and (is_answering or not files)
+        errors = list[Exception]()
+
+        def close() -> None:
+            errors.extend(self._run.close(ending, files if is_answering else ()))
+
+        is_closed = self.attempt(close)
+        for error in errors:
+            self._note_failure(error)
+        self._is_end_whole = is_closed and not errors and (is_answering or not files)
 
     def attempt(self, call: Callable[[], Any]) -> bool:
         """Whether the call went through; the first that does not is told."""
@@ -345,12 +351,15 @@ class SteadyTracker:
         try:
             call()
         except Exception as error:  # whatever it is: the training is worth more
-            self._num_failures += 1
-            self._warn(f"failed ({first_line(error)})")
+            self._note_failure(error)
             return False
         finally:
             self._busy_since = None
         return True
+
+    def _note_failure(self, error: Exception) -> None:
+        self._num_failures += 1
+        self._warn(f"failed ({first_line(error)})")
 
     def _warn(self, what: str) -> None:
         if not self._is_told:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,9 +128,8 @@ def _send(folder: Path, note: RunNote, store: str, say: Callable[[str], None]) -
     except TrackingError:
         raise
     except Exception as error:  # of whatever library
-        for call in run.closing_calls(ending_of(note, folder), ()):
-            with suppress(Exception):  # MLflow's exit would call it FINISHED
-                call()
+        if run.run_id is not None:
+            run.close(ending_of(note, folder), ())  # or it would be running for ever
         raise TrackingError(
             f"{redact_url(run.uri)} could not take the run ({first_line(error)}). See to the"
             " server, or give another --tracking_uri, and start this again: nothing is sent twice."
@@ -186,8 +184,8 @@ def _close(run: MLflowRun, note: RunNote, ending: Ending) -> None:
     """Tells how the run ended, and when it did."""
     from mlflow import MlflowClient
 
-    for call in run.closing_calls(ending, ()):
-        call()
+    for error in run.close(ending, ()):
+        raise error
     if note.ended is not None:
         ended = round(1000 * note.ended)
         MlflowClient(run.uri).set_terminated(str(run.run_id), ending.status, end_time=ended)

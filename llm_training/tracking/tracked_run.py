@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -35,7 +35,7 @@ class TrackedRun(Protocol):
     """One run in one tracker: MLflow's, TensorBoard's, W&B's.
 
     All methods may raise anything and take any time. They are called on one thread, that of a
-    `SteadyTracker`, because what MLflow calls the active run belongs to a thread.
+    `SteadyTracker`.
     """
 
     name: str
@@ -59,5 +59,19 @@ class TrackedRun(Protocol):
         A tracker that keeps no files does nothing.
         """
 
-    def closing_calls(self, ending: Ending, artifacts: Sequence[Path]) -> list[Callable[[], Any]]:
-        """What ends the run there, in order; a call that fails does not keep the next from it."""
+    def close(self, ending: Ending, artifacts: Sequence[Path]) -> list[Exception]:
+        """Uploads the artifacts and ends the run there.
+
+        A part that fails does not keep the next from it; returns what went wrong.
+        """
+
+
+def attempt_all(calls: Iterable[Callable[[], Any]]) -> list[Exception]:
+    """Makes all the calls, whatever becomes of those before; returns what was raised."""
+    errors: list[Exception] = []
+    for call in calls:
+        try:
+            call()
+        except Exception as error:  # of whatever library
+            errors.append(error)
+    return errors

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from llm_training.tracking.errors import TrackingError, first_line
 from llm_training.tracking.mlflow_model import log_model_in_time
-from llm_training.tracking.mlflow_run import MLflowRun
+from llm_training.tracking.mlflow_process import MLflowProcess
 from llm_training.tracking.note import RunNote, first_start
 from llm_training.tracking.record import RunRecord
 from llm_training.tracking.redaction import redact_url
@@ -38,9 +38,9 @@ class Tracking:
     """What a run writes down, kept by the main process; on others every method does nothing.
 
     train_log.jsonl is always written and complete; the trackers, MLflow first, are for looking at
-    it. A thread for each sends it what is logged: one that fails, is slow or hangs in mid-run costs
-    the loop nothing. One that cannot be started ends the run at its start, unless
-    `arguments.tracking` is "optional".
+    it. A thread for each sends it what is logged, MLflow's by way of a process of its own: one that
+    fails, is slow or hangs in mid-run costs the loop nothing. One that cannot be started ends the
+    run at its start, unless `arguments.tracking` is "optional".
 
     A kill loses what a tracker was yet to be sent; the next start finds it in train_log.jsonl, and
     so does `python -m llm_training.tracking sync OUTPUT_DIR`, with what tracking.json says.
@@ -68,7 +68,7 @@ class Tracking:
             TrackingError: a tracker does not start as asked. On the main process only.
         """
         self._is_main_process: bool = accelerator.is_main_process
-        self._mlflow: MLflowRun | None = None
+        self._mlflow: MLflowProcess | None = None
         self._trackers: list[SteadyTracker] = []
         self._last_step = 0  # that was logged
         if not self._is_main_process:
@@ -102,7 +102,7 @@ class Tracking:
         """What `arguments.report_to` names, not started yet."""
         folder, runs = self._output_dir, list[TrackedRun]()
         if "mlflow" in arguments.report_to:
-            self._mlflow = MLflowRun(arguments, folder, record, self.say)
+            self._mlflow = MLflowProcess(arguments, folder, record, self.say)
             runs.append(self._mlflow)
         if "tensorboard" in arguments.report_to:
             runs.append(TensorBoardRun(_tensorboard_folder(folder), record))
