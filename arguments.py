@@ -494,7 +494,9 @@ class EvaluationArguments:
         " difference of a loss, row by row, to the best one before.",
     )
     sample_prompt: list[str] = arg(
-        [], "Texts that the model continues, greedily and at random, to show what it has learned."
+        [],
+        "Texts that the model continues, greedily and at random, to show what it has learned;"
+        " trained on conversations alone, it answers them.",
     )
     sample_validation_prompts: int = arg(
         0, "Further such texts: the beginnings of so many validation documents."

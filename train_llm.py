@@ -40,6 +40,7 @@ from io import TextIOWrapper
 import torch
 from torch import Tensor
 
+from llm_training.causality import CausalityError
 from llm_training.checkpointing import CheckpointError
 from llm_training.data import DataError
 from llm_training.data.rows.ahead import to_device
@@ -104,6 +105,7 @@ from llm_training.updates import UnseenStep, backward, drop_gradients
 EXPECTED_ERRORS = (
     CheckpointError,
     DataError,
+    CausalityError,
     DocumentMaskError,
     ExportError,
     HubError,

@@ -302,11 +302,13 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) ->
     Raises:
         GenerateError: the template does not take these turns.
     """
+    from llm_training.generation import chat_prompt
+
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        text = chat_prompt(tokenizer, turns)
     except Exception as error:  # a template may raise anything
         raise GenerateError(f"the chat template does not take these turns: {error}") from error
-    ids: list[int] = tokenizer(str(text), add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
 

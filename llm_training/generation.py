@@ -87,6 +87,16 @@ def make_task(
     return Task(ids, max_new_tokens, temperature, seed)
 
 
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> str:
+    """The text of a conversation up to where the assistant begins to speak.
+
+    Raises:
+        Exception: whatever the template raises of turns that it does not take.
+    """
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return str(text)
+
+
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a text."""
     found = getattr(model.generation_config, "eos_token_id", None)

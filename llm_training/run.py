@@ -51,6 +51,7 @@ from llm_training.run_data import (
     build_validation,
     build_windows,
     end_at_turns,
+    try_causality,
     try_document_mask,
 )
 from llm_training.run_record import record_of_run
@@ -186,6 +187,7 @@ def build_run(
     model, optimizer = accelerator.prepare(network, optimizer)
     mark_graph_steps(model, arguments)
     limit_waiting(accelerator, arguments.ddp_timeout)
+    try_causality(accelerator, model, network, plan)
     try_document_mask(accelerator, model, network, windows, plan)
     if accelerator.is_main_process:
         output.write_opening(arguments, facts, ledger)

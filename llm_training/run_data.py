@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from arguments import Arguments, BatchSizes, holds_conversations, mixture_sources
 from llm_training.causal_lm import CausalLMWithLoss
+from llm_training.causality import brings_its_code, check_causality
 from llm_training.data import PreparedData, prepare_data
 from llm_training.data.documents.chat_templates import end_of_turn
 from llm_training.data.rows.ahead import Windows, prepare_for_device
@@ -148,6 +149,24 @@ def build_windows(
     )
     mark = " ".join([data.fingerprint[:12], *plan.rows.marks])
     return prepare_for_device(windows, accelerator.device), mark
+
+
+def try_causality(
+    accelerator: Accelerator, model: nn.Module, network: CausalLMWithLoss, plan: Plan
+) -> None:
+    """Makes sure that a model of its own code does not see what it is to predict.
+
+    Raises:
+        CausalityError: it does.
+    """
+    if brings_its_code(network.model):
+        check_causality(
+            accelerator,
+            model,
+            batch_size=plan.batch.per_device,
+            block_size=plan.block_size,
+            vocab_size=num_tokens_of(network.model),
+        )
 
 
 def try_document_mask(

@@ -21,9 +21,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from arguments import holds_conversations, mixture_sources
 from llm_training.data.rows.store_rows import IGNORE_INDEX, Rows
 from llm_training.generation import (
     Task,
+    chat_prompt,
     continue_alone,
     continue_together,
     end_tokens,
@@ -260,10 +262,31 @@ def sample_of(run: Run, prompt: str, task: Task, new: list[int]) -> Sample:
 def prompts_of(run: Run) -> list[str]:
     """The prompts of the run, the same at every step, each once."""
     prompts = list(run.arguments.sample_prompt)
+    if run.tokenizer is not None and is_chat(run):
+        prompts = [as_question(run.tokenizer, prompt) for prompt in prompts]
     number, rows = run.arguments.sample_validation_prompts, main_rows(run)
     if rows is not None and run.tokenizer is not None:
         prompts += validation_prompts(rows, run.tokenizer, number)
     return list(dict.fromkeys(prompts))
+
+
+def is_chat(run: Run) -> bool:
+    """Whether the run learns conversations and nothing else, by a template."""
+    sources = mixture_sources(run.arguments).values()
+    has_template = bool(getattr(run.tokenizer, "chat_template", None))
+    return has_template and all(map(holds_conversations, sources))
+
+
+def as_question(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """The prompt as what a user says first, up to where the assistant begins to speak.
+
+    One that begins as the template itself begins a conversation is taken as it is.
+    """
+    mark = "what a user says"
+    opening, _, _ = chat_prompt(tokenizer, [{"role": "user", "content": mark}]).partition(mark)
+    if opening and prompt.startswith(opening):
+        return prompt
+    return chat_prompt(tokenizer, [{"role": "user", "content": prompt}])
 
 
 def main_rows(run: Run) -> Rows | None:

@@ -31,9 +31,11 @@ def fresh_accelerate() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def fresh_mlflow_store() -> Iterator[None]:
-    """MLflow notes the store in the environment: one test's must not become the next one's."""
+    """MLflow notes the store, in the environment too: one test's must not become the next one's."""
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     yield
+    if "mlflow" in sys.modules:
+        sys.modules["mlflow"].set_tracking_uri(None)
     os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 

@@ -212,6 +212,9 @@ def problems(count: int) -> list[dict[str, str]]:
     return rows
 
 
+ASKED = "<|im_start|>user\n3 and 4?<|im_end|>\n<|im_start|>assistant\n"
+
+
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that learned to answer, by a template that its tokenizer has not."""
@@ -240,7 +243,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
             eval_steps=60,
             save_steps=60,
             save_best=True,
-            sample_prompt="<|im_start|>user\n3 and 4?<|im_end|>\n<|im_start|>assistant\n",
+            sample_prompt=["5 and 2?", ASKED],  # as a question, and as the template writes it
             logging_steps=20,
         )
 

@@ -387,6 +387,21 @@ def test_code_of_others_is_refused_without_consent_and_without_a_question(
         load("own")
 
 
+def test_code_that_looks_ahead_is_refused_before_the_first_step(
+    own_kind: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing but trying it can tell: it calls itself a causal language model."""
+    forward = "super().forward(*args, **kwargs)"
+    size = "kwargs['input_ids'].shape"
+    mask = f"torch.zeros({size}[0], 1, {size}[1], {size}[1])"
+    code = CODE.replace(forward, f"super().forward(**kwargs | {{'attention_mask': {mask}}})")
+    (own_kind / "own_code.py").write_text("import torch\n" + code, encoding="utf-8")
+    settings = EXISTING | {"model_name_or_path": "own", "trust_remote_code": True}
+    run = train_small(place, code=1, document_mask=False, **settings)
+    assert "no causal language model: its code lets a position see" in capsys.readouterr().err
+    assert not (run / "train_log.jsonl").exists()
+
+
 def test_with_consent_it_trains_and_what_is_written_opens_again(
     own_kind: Path, place: Path
 ) -> None:
