@@ -31,6 +31,10 @@ if __name__ == "__main__":
 
         sys.exit(find_batch_size(ARGUMENTS))
 
+    from llm_training.tracking.mlflow_process import start_early
+
+    start_early(ARGUMENTS)
+
 import math
 import os
 from collections.abc import Iterator

@@ -25,9 +25,16 @@ from mlflow import MlflowClient
 
 from arguments import Arguments
 from llm_training.tracking import Tracking, TrackingError
+from llm_training.tracking import mlflow_process as process_module
 from llm_training.tracking import tracking as module
 from llm_training.tracking.errors import QuotedError
-from llm_training.tracking.mlflow_process import LEFT_TO_THE_RUN, NICENESS, MLflowProcess, Request
+from llm_training.tracking.mlflow_process import (
+    LEFT_TO_THE_RUN,
+    NICENESS,
+    MLflowProcess,
+    Request,
+    start_early,
+)
 from llm_training.tracking.mlflow_run import MLflowRun
 from llm_training.tracking.note import RunNote
 from llm_training.tracking.record import RunRecord, UsedDataset
@@ -322,6 +329,77 @@ def test_of_a_training_that_is_killed_nothing_is_half_sent(alone: MLflowProcess)
     holder.close()
     assert stored_run(alone.run_id).info.status == "RUNNING"
     assert "train/loss" not in stored_run(alone.run_id).data.metrics
+
+
+# ------------------------------------------------------------------------------- started early
+
+
+@pytest.fixture
+def early(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """The processes that were started early and not taken."""
+    processes: list[subprocess.Popen[bytes]] = []
+    monkeypatch.setattr(process_module, "_early", processes)
+    monkeypatch.delenv("RANK", raising=False)
+    yield processes
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def test_a_run_takes_the_process_that_was_started_early(
+    folder: Path, early: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_RUN_ID", "of somebody else")
+    start_early(Arguments())
+    (process,) = early
+    monkeypatch.delenv("MLFLOW_RUN_ID")
+    (folder / "out").mkdir()
+    run = MLflowProcess(Arguments(run_name="tiny"), folder / "out", RunRecord({}), print)
+    run.start()
+    assert process_of(run) is process
+    assert not early
+    run.close(Ending("FINISHED"), [])
+    assert process.returncode == 0
+    assert stored_run(run.run_id).info.status == "FINISHED"
+
+
+def test_one_that_has_ended_meanwhile_is_not_taken(
+    folder: Path, early: list[subprocess.Popen[bytes]]
+) -> None:
+    start_early(Arguments())
+    (process,) = early
+    process.kill()
+    process.wait()
+    (folder / "out").mkdir()
+    run = MLflowProcess(Arguments(run_name="tiny"), folder / "out", RunRecord({}), print)
+    run.start()
+    assert process_of(run) is not process
+    run.close(Ending("FINISHED"), [])
+
+
+def test_one_that_no_run_takes_ends_with_the_script(
+    early: list[subprocess.Popen[bytes]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    start_early(Arguments())
+    (process,) = early
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(30) == 0
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("settings", "rank"),
+    [({"report_to": ["none"]}, "0"), ({"report_to": ["tensorboard"]}, "0"),
+     ({"dry_run": True}, "0"), ({}, "1")],
+)  # fmt: skip
+def test_where_none_is_needed_none_is_started(
+    early: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any], rank: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("RANK", rank)
+    start_early(Arguments(**settings))
+    assert not early
 
 
 # ------------------------------------------------------------------------------ in nobody's way

@@ -26,7 +26,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from llm_training.tracking.errors import QuotedError, TrackingError, first_line
 from llm_training.tracking.mlflow_run import MLflowRun
-from llm_training.tracking.mlflow_store import prepare_environment
+from llm_training.tracking.mlflow_store import (
+    IGNORED_ENVIRONMENT,
+    import_mlflow,
+    prepare_environment,
+)
 from llm_training.tracking.record import RunRecord
 from llm_training.tracking.tracked_run import Ending, Point
 
@@ -99,7 +103,7 @@ class MLflowProcess:
             QuotedError: the store cannot be reached.
         """
         self._stop()
-        self._process, self._num_noted = _spawn(), 0
+        self._process, self._num_noted = _take(), 0
         try:
             self.run_id, self.page = self._ask("start", *self._setup)
         except Exception:
@@ -182,12 +186,33 @@ class MLflowProcess:
         process.stdout.close()
 
 
+_early: list[subprocess.Popen[bytes]] = []  # that no run has taken yet
+
+
+def start_early(arguments: Arguments) -> None:
+    """Starts the process that a run of these arguments will need, if it will need one.
+
+    It imports MLflow, which takes seconds, while the training imports torch. Without a run it ends
+    with this process.
+    """
+    is_main_process = os.environ.get("RANK", "0") == "0"
+    if is_main_process and "mlflow" in arguments.report_to and not arguments.dry_run:
+        with suppress(OSError):  # then there will be time to say so
+            _early.append(_spawn())
+
+
+def _take() -> subprocess.Popen[bytes]:
+    process = _early.pop() if _early else None
+    return _spawn() if process is None or process.poll() is not None else process
+
+
 def _spawn() -> subprocess.Popen[bytes]:
     """A process that serves, finds modules as this one does, and bears its script's name."""
     # Not multiprocessing: that would import the launched script, and torch with it.
     code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve()"
     return subprocess.Popen(
         [sys.executable, "-c", code, *sys.argv[:1]],
+        env={name: text for name, text in os.environ.items() if name not in IGNORED_ENVIRONMENT},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         # Ctrl-C and Ctrl-Z are for the training. Not a session of its own: to Linux all sessions
@@ -231,6 +256,8 @@ class _Server:
 
     def serve(self) -> None:
         threading.Thread(target=self._read, daemon=True).start()
+        with suppress(ImportError):  # whoever asks for a run is told
+            import_mlflow()
         while (request := self._queue.get()) is not None:
             if request.gives_way and request.method not in ("start", "close"):
                 answer = self._in_background.submit(self._do, request).result()
@@ -247,6 +274,8 @@ class _Server:
                 request: Request = pickle.load(self._requests)
                 self._doing = request.method
                 self._queue.put(request)
+        if self._doing is None and self._run is None:  # there was none
+            os._exit(0)
         # The training is gone. What is half sent is left to its next start, which might else
         # meet it in the store.
         if self._doing not in (None, "close"):

@@ -46,8 +46,7 @@ def prepare_environment(tracking_uri: str | None, say: Callable[[str], None]) ->
         TrackingError: MLflow is missing.
     """
     require_package("mlflow")
-    for name, value in ENVIRONMENT_DEFAULTS.items():
-        os.environ.setdefault(name, value)
+    set_defaults()
     for name in IGNORED_ENVIRONMENT:
         if os.environ.pop(name, None) is not None:
             say(f"warning: the environment's {name} is not used; the arguments decide")
@@ -61,12 +60,31 @@ def prepare_mlflow(tracking_uri: str | None, say: Callable[[str], None]) -> str:
         TrackingError: MLflow is missing.
     """
     uri = prepare_environment(tracking_uri, say)
-    with no_garbage_collection():
-        import mlflow
+    import_mlflow()
+    import mlflow
 
-    logging.getLogger("mlflow.store.db").setLevel(logging.WARNING)  # each new table else
     mlflow.set_tracking_uri(uri)
     return uri
+
+
+def import_mlflow() -> None:
+    """Imports what a run on a database needs.
+
+    Raises:
+        ImportError: MLflow is missing.
+    """
+    set_defaults()  # MLflow goes by them at once
+    with no_garbage_collection():
+        import mlflow.store.tracking.sqlalchemy_store
+        import mlflow.tracking.context.registry  # noqa: F401
+
+    logging.getLogger("mlflow.store.db").setLevel(logging.WARNING)  # each new table else
+
+
+def set_defaults() -> None:
+    """Gives MLflow our defaults, where the environment does not decide."""
+    for name, value in ENVIRONMENT_DEFAULTS.items():
+        os.environ.setdefault(name, value)
 
 
 def resolve_store(tracking_uri: str | None) -> str:
