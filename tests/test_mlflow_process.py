@@ -391,7 +391,7 @@ def test_one_that_no_run_takes_ends_with_the_script(
 @pytest.mark.parametrize(
     ("settings", "rank"),
     [({"report_to": ["none"]}, "0"), ({"report_to": ["tensorboard"]}, "0"),
-     ({"dry_run": True}, "0"), ({}, "1")],
+     ({"dry_run": True}, "0"), ({"eval_only": True}, "0"), ({}, "1")],
 )  # fmt: skip
 def test_where_none_is_needed_none_is_started(
     early: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch,

@@ -196,7 +196,8 @@ def start_early(arguments: Arguments) -> None:
     with this process.
     """
     is_main_process = os.environ.get("RANK", "0") == "0"
-    if is_main_process and "mlflow" in arguments.report_to and not arguments.dry_run:
+    is_tracked = "mlflow" in arguments.report_to and not (arguments.dry_run or arguments.eval_only)
+    if is_main_process and is_tracked:
         with suppress(OSError):  # then there will be time to say so
             _early.append(_spawn())
 
