@@ -38,7 +38,7 @@ sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
 
 WAYS = ("none", "mlflow", "tensorboard")
 SENT_STEPS = 40  # points in a sending: half as many as by itself, so the fixed costs count double
-WINDOW = 5  # steps: longer than a sending takes
+WINDOW = SENT_STEPS // 2  # steps: longer than a sending takes
 SETTINGS: dict[str, Any] = {
     "logging_steps": 1,
     "warmup_steps": 1,

@@ -195,6 +195,19 @@ run.was_entered.wait()
     assert done.returncode == (3 if "3" in last_word else 0)
 
 
+def test_what_is_logged_during_a_sending_waits_for_the_next() -> None:
+    """Else a tracker that takes longer than a step would be sent to at every step."""
+    setup = started(points_at_once=10)
+    setup.run.before_send = lambda: setup.log(100 + setup.run.num_tries)
+    setup.log(*range(15))
+    setup.steady.turn()
+    assert setup.run.calls == [[*range(10)], [*range(10, 15)]]
+    assert setup.steady.num_unsent == 2
+    setup.run.before_send = lambda: None
+    setup.end()
+    assert setup.run.calls[2] == [101, 102]
+
+
 def test_points_are_gathered_between_two_sendings() -> None:
     setup = started(points_at_once=10)
     for step in range(100):  # ten a second

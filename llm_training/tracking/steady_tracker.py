@@ -234,13 +234,20 @@ class SteadyTracker:
         return self._is_required or isinstance(error, TrackingError)
 
     def send_waiting(self) -> bool:
-        """Sends what waits, the oldest first, until nothing does (true) or the tracker fails."""
+        """Sends what waits, the oldest first, until all is sent (true) or the tracker fails.
+
+        What is logged meanwhile is left to the next time: where a sending takes longer than a step,
+        it would never end.
+        """
+        with self._changed:
+            left = len(self._waiting)
         while self._clock() < self._send_until:
-            points, is_from_log = self._take_points()
+            points, is_from_log = self._take_points(left)
             if not points:
                 return True
             if self.attempt(partial(self._run.send, points)):
                 self._note_sent(len(points), is_from_log=is_from_log)
+                left -= 0 if is_from_log else len(points)
                 continue
             self._put_back(points, is_from_log=is_from_log)
             if len(points) == 1:
@@ -249,13 +256,13 @@ class SteadyTracker:
             self._num_single = len(points)  # one of them may be at fault and not the tracker
         return False
 
-    def _take_points(self) -> tuple[list[Point], bool]:
-        """The next points to send, and whether they were read from the log."""
+    def _take_points(self, left: int) -> tuple[list[Point], bool]:
+        """The next points to send, `left` of those that wait at most; whether the log had them."""
         size = 1 if self._num_single else self._run.points_at_once
         if not self._num_single and (points := self._read_from_log(size)):
             return points, True
         with self._changed:
-            take = min(size, len(self._waiting))
+            take = min(size, left, len(self._waiting))
             self._in_flight = [self._waiting.popleft() for _ in range(take)]
             return self._in_flight, False
 
