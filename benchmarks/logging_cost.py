@@ -10,11 +10,14 @@ Evaluation and saving are left out, but for the last checkpoint.
   logging (measuring, the log's line, the console's line, the queue) and those that the tracker's
   thread computed, for which the loop may have waited: all of them are counted. `process` is what
   MLflow's own process computed, for which no loop waits where a core is idle
+- `kept`: how long the training's threads were ready to run and had no core (Linux's run delay,
+  /proc/PID/task/*/schedstat; all threads added up, tracker's and loop's), as a share of the same
+  seconds: what other processes, MLflow's among them, really took from the training
 - `sending`: by how much the steps in which MLflow is sent to are longer than those just before and
   after them, by the wall clock. From minute to minute steps vary by more than logging could cost;
   those that lie beside each other vary little, and many sendings are averaged.
 
-The first is what logging costs by account, the second what the loop really waits for.
+The first is what logging costs by account, the others what the loop really waits for.
 """
 
 from __future__ import annotations
@@ -109,10 +112,12 @@ def train(way: str, steps: int) -> dict[str, float]:
         if len(logged_at) == 1:
             processes.extend(child.pid for child in psutil.Process().children() if way == "mlflow")
             spent["process"] -= computed()
+            spent["kept"] -= kept_waiting()
             return
         spent["loop"] += time.perf_counter() - logged_at[-1]
         if len(logged_at) == steps:
             spent["process"] += computed()
+            spent["kept"] += kept_waiting()
 
     turn = SteadyTracker.turn
     processes: list[int] = []
@@ -135,6 +140,12 @@ def train(way: str, steps: int) -> dict[str, float]:
     lines = (folder / "train_log.jsonl").read_text().splitlines()
     num_metrics = max(len(json.loads(line)) - 2 for line in lines)  # without step and time
     return {"seconds": seconds, **spent, "steps": steps, "metrics_a_step": num_metrics}
+
+
+def kept_waiting() -> float:
+    """The seconds that this process's threads were ready and waited for a core; 0 without Linux."""
+    waits = (path.read_text().split()[1] for path in Path("/proc/self/task").glob("*/schedstat"))
+    return sum(int(nanoseconds) for nanoseconds in waits) / 1e9
 
 
 def run_quickstart(way: str, steps: int) -> Path:
@@ -209,7 +220,7 @@ def report(found: dict[str, list[dict[str, float]]]) -> None:
     print(f"{machine}, {os.cpu_count()} cores; torch {torch.__version__}")
     say("ms a step, none", [1000 * run["seconds"] / run["steps"] for run in found["none"]])
     for way in WAYS:
-        for part in ("loop", "thread", "process"):
+        for part in ("loop", "thread", "process", "kept"):
             shares = [100 * run.get(part, 0.0) / run["seconds"] for run in found[way]]
             say(f"{way}: share of the {part}, %", shares)
     pairs = zip(found["mlflow"], found["none"], strict=True)
