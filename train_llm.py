@@ -44,7 +44,6 @@ from io import TextIOWrapper
 import torch
 from torch import Tensor
 
-from llm_training.causality import CausalityError
 from llm_training.checkpointing import CheckpointError
 from llm_training.data import DataError
 from llm_training.data.rows.ahead import to_device
@@ -109,7 +108,6 @@ from llm_training.updates import UnseenStep, backward, drop_gradients
 EXPECTED_ERRORS = (
     CheckpointError,
     DataError,
-    CausalityError,
     DocumentMaskError,
     ExportError,
     HubError,

@@ -11,8 +11,8 @@ Evaluation and saving are left out, but for the last checkpoint.
   thread computed, for which the loop may have waited: all of them are counted. `process` is what
   MLflow's own process computed, for which no loop waits where a core is idle
 - `kept`: how long the training's threads were ready to run and had no core (Linux's run delay,
-  /proc/PID/task/*/schedstat; all threads added up, tracker's and loop's), as a share of the same
-  seconds: what other processes, MLflow's among them, really took from the training
+  /proc/PID/task/*/schedstat; all threads added up), as a share of the same seconds: what other
+  processes took from the training. What it is more with MLflow than without, MLflow's process took
 - `sending`: by how much the steps in which MLflow is sent to are longer than those just before and
   after them, by the wall clock. From minute to minute steps vary by more than logging could cost;
   those that lie beside each other vary little, and many sendings are averaged.
@@ -41,7 +41,7 @@ sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
 
 WAYS = ("none", "mlflow", "tensorboard")
 SENT_STEPS = 40  # points in a sending: half as many as by itself, so the fixed costs count double
-WINDOW = SENT_STEPS // 2  # steps: longer than a sending takes
+WINDOW = 5  # steps: longer than a sending takes
 SETTINGS: dict[str, Any] = {
     "logging_steps": 1,
     "warmup_steps": 1,

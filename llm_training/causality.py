@@ -7,14 +7,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llm_training.pretrained import ModelError
 from llm_training.ranks import sum_over_ranks
 
 NUM_KEPT = 4  # tokens of the first row, which stay as they are
 TIMES_NOISE = 10.0
-
-
-class CausalityError(ValueError):
-    """The model sees the tokens that it is to predict; the message says what to do."""
 
 
 def brings_its_code(model: PreTrainedModel) -> bool:
@@ -48,7 +45,7 @@ def check_causality(
         vocab_size: ids are below; at least 2.
 
     Raises:
-        CausalityError: they do not; on every rank.
+        ModelError: they do not; on every rank.
     """
     rows, places = torch.arange(max(2, batch_size))[:, None], torch.arange(block_size)
     input_ids = (places * 7919 + rows * 104729) % vocab_size
@@ -68,7 +65,7 @@ def check_causality(
     model.train()
     (num_seeing,) = sum_over_ranks(accelerator, float(change > TIMES_NOISE * noise))
     if num_seeing:
-        raise CausalityError(
+        raise ModelError(
             "The model is no causal language model: its code lets a position see those behind it,"
             f" and so the token that it is to predict (other tokens behind the first {NUM_KEPT} of"
             f" a row changed their logits by {change:.2%}; rounding does by {noise:.2%}). Use a"

@@ -51,8 +51,7 @@ from llm_training.run_data import (
     build_validation,
     build_windows,
     end_at_turns,
-    try_causality,
-    try_document_mask,
+    try_attention,
 )
 from llm_training.run_record import record_of_run
 from llm_training.state import TrainState
@@ -187,8 +186,7 @@ def build_run(
     model, optimizer = accelerator.prepare(network, optimizer)
     mark_graph_steps(model, arguments)
     limit_waiting(accelerator, arguments.ddp_timeout)
-    try_causality(accelerator, model, network, plan)
-    try_document_mask(accelerator, model, network, windows, plan)
+    try_attention(accelerator, model, network, windows, plan)
     if accelerator.is_main_process:
         output.write_opening(arguments, facts, ledger)
     # Before the trackers begin: what fails after them would leave a run there that never ends.

@@ -151,39 +151,26 @@ def build_windows(
     return prepare_for_device(windows, accelerator.device), mark
 
 
-def try_causality(
-    accelerator: Accelerator, model: nn.Module, network: CausalLMWithLoss, plan: Plan
-) -> None:
-    """Makes sure that a model of its own code does not see what it is to predict.
-
-    Raises:
-        CausalityError: it does.
-    """
-    if brings_its_code(network.model):
-        check_causality(
-            accelerator,
-            model,
-            batch_size=plan.batch.per_device,
-            block_size=plan.block_size,
-            vocab_size=num_tokens_of(network.model),
-        )
-
-
-def try_document_mask(
+def try_attention(
     accelerator: Accelerator,
     model: nn.Module,
     network: CausalLMWithLoss,
     windows: Windows,
     plan: Plan,
 ) -> None:
-    """Makes sure that documents do not see each other, where they must not."""
-    if not windows.document_mask:
-        return
-    check_document_mask(
-        accelerator,
-        model,
-        batch_size=plan.batch.per_device,
-        block_size=plan.block_size,
-        vocab_size=num_tokens_of(network.model),
-        kernel=network.config._attn_implementation,
-    )
+    """Makes sure that no token sees what it must not: what comes later, or another document.
+
+    Raises:
+        ModelError: code that came with the model lets it look ahead.
+        DocumentMaskError: documents that are to be apart see each other.
+    """
+    shape = {
+        "batch_size": plan.batch.per_device,
+        "block_size": plan.block_size,
+        "vocab_size": num_tokens_of(network.model),
+    }
+    if brings_its_code(network.model):
+        check_causality(accelerator, model, **shape)
+    if windows.document_mask:
+        kernel = network.config._attn_implementation
+        check_document_mask(accelerator, model, **shape, kernel=kernel)

@@ -10,17 +10,10 @@ from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llm_training.causal_lm import CausalLMWithLoss
-from llm_training.causality import CausalityError, brings_its_code, check_causality
+from llm_training.causality import brings_its_code, check_causality
+from llm_training.pretrained import ModelError
+from tests.test_document_mask import GPT2, LLAMA
 
-LLAMA: dict[str, Any] = {
-    "num_hidden_layers": 2,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-GPT2: dict[str, Any] = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64}
 SEEING = {key: size for key, size in LLAMA.items() if key != "num_key_value_heads"}
 
 
@@ -61,7 +54,7 @@ def test_who_sees_nothing_passes(model_type: str, sizes: dict[str, Any], precisi
 def test_who_looks_ahead_is_refused_though_it_has_learned_nothing(
     model_type: str, precision: str
 ) -> None:
-    with pytest.raises(CausalityError, match="no causal language model: its code lets"):
+    with pytest.raises(ModelError, match="no causal language model: its code lets"):
         check(make_model(model_type, SEEING), precision)
 
 

@@ -64,6 +64,7 @@ FLOORS = {
     "llm_training.argument_files": 1,
     "llm_training.argument_help": 1,
     "llm_training.causal_lm": 1,
+    "llm_training.causality": 1,
     "llm_training.checkpoint_files": 1,
     "llm_training.checkpoint_writing": 1,
     "llm_training.checksums": 1,

@@ -30,9 +30,7 @@ from llm_training.tracking import tracking as module
 from llm_training.tracking.errors import QuotedError
 from llm_training.tracking.mlflow_process import (
     LEFT_TO_THE_RUN,
-    NICENESS,
     MLflowProcess,
-    Request,
     start_early,
 )
 from llm_training.tracking.mlflow_run import MLflowRun
@@ -321,7 +319,7 @@ def test_of_a_training_that_is_killed_nothing_is_half_sent(alone: MLflowProcess)
     holder.execute("BEGIN EXCLUSIVE")
     process = process_of(alone)
     assert process.stdin is not None and process.stdout is not None
-    process.stdin.write(pickle.dumps(Request("send", (points(1),), gives_way=True)))
+    process.stdin.write(pickle.dumps(("send", (points(1),))))
     process.stdin.flush()
     time.sleep(0.5)  # it waits for the database
     assert end_the_training(alone) == 1
@@ -413,41 +411,6 @@ def test_signals_are_for_the_training(alone: MLflowProcess) -> None:
     alone.send(points(1))
     assert signal.SIGTERM in LEFT_TO_THE_RUN
     assert stored_points(alone.run_id, "train/loss") == [(1, 1.0)]
-
-
-def computed_by(process: subprocess.Popen[bytes], nice: int) -> float:
-    """The seconds of all threads of a niceness."""
-    threads = psutil.Process(process.pid).threads()
-    times = [each.user_time for each in threads if os.getpriority(os.PRIO_PROCESS, each.id) == nice]
-    return sum(times)
-
-
-def test_what_nobody_waits_for_gives_way_and_what_is_awaited_does_not(
-    alone: MLflowProcess,
-) -> None:
-    process = process_of(alone)
-    assert os.getsid(process.pid) == os.getsid(0)  # else Linux would not compare the threads
-
-    def send_much(first: int) -> tuple[float, float]:
-        before = computed_by(process, 0), computed_by(process, NICENESS)
-        for start in range(first, first + 2000, 500):
-            alone.send(points(*range(start, start + 500)))
-        after = computed_by(process, 0), computed_by(process, NICENESS)
-        return after[0] - before[0], after[1] - before[1]
-
-    prompt, polite = send_much(0)
-    assert polite > 5 * prompt
-    alone.is_awaited = True
-    prompt, polite = send_much(2000)
-    assert prompt > 5 * polite
-
-
-def test_the_end_of_a_run_is_awaited(start: Start) -> None:
-    tracking = start()
-    run = tracking._mlflow
-    assert run is not None and not run.is_awaited
-    tracking.finish("FINISHED")
-    assert run.is_awaited
 
 
 class Talkative:

@@ -2,8 +2,7 @@
 
 In a thread MLflow would hold Python's lock for most of a sending, and the loop with it. Here a
 thread waits for answers, which holds nothing. The process is asked one thing at a time, as pickles
-through its standard input. While the training goes on, it takes what that leaves of the cores; what
-the training waits for, its start and its end, is done as fast as anything.
+through its standard input.
 """
 
 from __future__ import annotations
@@ -16,13 +15,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from llm_training.tracking.errors import QuotedError, TrackingError, first_line
 from llm_training.tracking.mlflow_run import MLflowRun
@@ -37,7 +35,6 @@ from llm_training.tracking.tracked_run import Ending, Point
 if TYPE_CHECKING:
     from arguments import Arguments
 
-NICENESS = 15  # of what nobody waits for
 # What ends or stops a training is said to all of its processes; how this one ends, the run decides.
 LEFT_TO_THE_RUN = (
     *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT),
@@ -45,14 +42,6 @@ LEFT_TO_THE_RUN = (
 )
 STOP_SECONDS = 5.0
 LAST_SECONDS = 5.0  # to tell the end of a run that was killed; less than a new start takes
-
-
-class Request(NamedTuple):
-    """What the process is asked for: a method of the run, and whether it is in no hurry."""
-
-    method: str
-    arguments: tuple[Any, ...]
-    gives_way: bool
 
 
 class MLflowProcess:
@@ -66,7 +55,6 @@ class MLflowProcess:
         uri: of the store; absolute where it is a SQLite file.
         run_id: MLflow's id of the run; None until it is started.
         page: of the run on a server; the server's first page until then.
-        is_awaited: whether somebody waits for what is sent, so that it must not give way.
     """
 
     name = MLflowRun.name
@@ -87,7 +75,6 @@ class MLflowProcess:
         self.uri = prepare_environment(arguments.tracking_uri, say)
         self.run_id: str | None = None
         self.page = self.uri
-        self.is_awaited = False
         self._setup = (replace(arguments, tracking_uri=self.uri), output_dir.absolute(), record)
         self._say = say
         self._process: subprocess.Popen[bytes] | None = None
@@ -150,7 +137,7 @@ class MLflowProcess:
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
         try:
-            _put(process.stdin, Request(method, arguments, gives_way=not self.is_awaited))
+            _put(process.stdin, (method, arguments))
             while True:
                 kind, value = pickle.load(process.stdout)
                 if kind == "said":
@@ -216,9 +203,7 @@ def _spawn() -> subprocess.Popen[bytes]:
         env={name: text for name, text in os.environ.items() if name not in IGNORED_ENVIRONMENT},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        # Ctrl-C and Ctrl-Z are for the training. Not a session of its own: to Linux all sessions
-        # are alike, however nice their processes are.
-        process_group=0,
+        process_group=0,  # Ctrl-C and Ctrl-Z are for the training
     )
 
 
@@ -248,8 +233,7 @@ class _Server:
     def __init__(self, requests: BinaryIO, answers: BinaryIO) -> None:
         self._requests = requests
         self._answers = answers
-        self._queue: SimpleQueue[Request | None] = SimpleQueue()
-        self._in_background = ThreadPoolExecutor(1, initializer=_give_way)
+        self._queue: SimpleQueue[tuple[str, tuple[Any, ...]] | None] = SimpleQueue()
         self._doing: str | None = None
         self._run: MLflowRun | None = None
         self._is_closed = False
@@ -260,10 +244,7 @@ class _Server:
         with suppress(ImportError):  # whoever asks for a run is told
             import_mlflow()
         while (request := self._queue.get()) is not None:
-            if request.gives_way and request.method not in ("start", "close"):
-                answer = self._in_background.submit(self._do, request).result()
-            else:
-                answer = self._do(request)
+            answer = self._do(*request)
             self._doing = None
             self._answer(*answer)
         if self._run is not None and self._run.run_id is not None and not self._is_closed:
@@ -272,9 +253,9 @@ class _Server:
     def _read(self) -> None:
         with suppress(EOFError, OSError, pickle.UnpicklingError):
             while True:
-                request: Request = pickle.load(self._requests)
-                self._doing = request.method
-                self._queue.put(request)
+                method, arguments = pickle.load(self._requests)
+                self._doing = method
+                self._queue.put((method, arguments))
         if self._doing is None and self._run is None:  # there was none
             os._exit(0)
         # The training is gone. What is half sent is left to its next start, which might else
@@ -285,8 +266,7 @@ class _Server:
         time.sleep(LAST_SECONDS)
         os._exit(1)
 
-    def _do(self, request: Request) -> tuple[str, Any]:
-        method, arguments = request.method, request.arguments
+    def _do(self, method: str, arguments: tuple[Any, ...]) -> tuple[str, Any]:
         try:
             if method == "start":
                 return "done", self._start(*arguments)
@@ -322,9 +302,3 @@ class _Server:
             ending = UNKNOWN_ENDING
         assert self._run is not None
         self._run.close(ending, ())  # what fails is left to the next start, or to `sync`
-
-
-def _give_way() -> None:
-    """Lets this thread wait for all others: Linux has a priority for each."""
-    with suppress(OSError):  # elsewhere there is none
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

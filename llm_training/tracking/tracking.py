@@ -204,7 +204,6 @@ class Tracking:
         if self._mlflow is None:
             self.say("warning: log_model and register_model do nothing without mlflow in report_to")
             return
-        self._mlflow.is_awaited = True
         self.flush()
         give_up_at = time.monotonic() + SEND_SECONDS
         while any(tracker.num_unsent for tracker in self._trackers):
@@ -263,8 +262,6 @@ class Tracking:
             self.say(f"warning: tracking.json is not up to date ({first_line(error)})")
 
     def _end_trackers(self, ending: Ending, artifacts: Sequence[Path]) -> None:
-        if self._mlflow:
-            self._mlflow.is_awaited = True
         seconds = END_SECONDS[ending.status]
         give_up_at = time.monotonic() + seconds
         for tracker in self._trackers:
