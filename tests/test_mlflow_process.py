@@ -345,7 +345,10 @@ def early(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[subprocess.Popen[byt
 
 
 def test_a_run_takes_the_process_that_was_started_early(
-    folder: Path, early: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    early: list[subprocess.Popen[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("MLFLOW_RUN_ID", "of somebody else")
     start_early(Arguments())
@@ -359,6 +362,7 @@ def test_a_run_takes_the_process_that_was_started_early(
     run.close(Ending("FINISHED"), [])
     assert process.returncode == 0
     assert stored_run(run.run_id).info.status == "FINISHED"
+    assert capsys.readouterr().out == ""  # what is not used of the environment, the run has said
 
 
 def test_one_that_has_ended_meanwhile_is_not_taken(
