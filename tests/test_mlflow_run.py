@@ -110,6 +110,35 @@ def test_a_resumed_run_is_one_run_without_doubled_steps(folder: Path, start: Sta
     assert steps == [10, 20, 30, 40]
 
 
+def test_a_run_that_was_ended_is_running_again_when_it_goes_on(start: Start) -> None:
+    first = start()
+    first.finish("KILLED", reason="SIGTERM")
+    assert stored_run(first.run_id).info.status == "KILLED"
+    second = start(resumed_step=10)
+    assert second.run_id == first.run_id
+    assert stored_run(first.run_id).info.status == "RUNNING"
+
+
+def test_no_request_holds_more_than_a_server_takes(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_batch, sizes = MlflowClient.log_batch, []
+
+    def note(*arguments: Any, **options: Any) -> None:
+        sizes.append({name: len(options.get(name, ())) for name in ("params", "tags")})
+        log_batch(*arguments, **options)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", note)
+    many = {f"a{number}": str(number) for number in range(250)}
+    start(parameters=many, tags=many).finish("KILLED")
+    second = start(resumed_step=10, tags={name: "new" for name in many}, parameters=many)
+    assert max(size["params"] for size in sizes) == 100
+    assert max(size["tags"] for size in sizes) == 100
+    data = stored_run(second.run_id).data
+    assert {name: data.params[name] for name in many} == many
+    assert {data.tags[name] for name in many} == {"new"}
+
+
 def test_parameters_that_changed_at_a_resume_become_tags(start: Start) -> None:
     long = "x" * 7000
     first = start(parameters={"learning_rate": 0.1, "seed": 1, "long": long})
